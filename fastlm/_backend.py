@@ -1,0 +1,73 @@
+"""One table of back ends, the choice among them, and how a fallback is told.
+
+`backend(name)` or FASTLM_BACKEND forces one; FASTLM_STRICT=1 turns every fallback into an error.
+"""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+
+from fastlm import _native
+
+NAMES = ("reference", "cpu", "cuda", "triton")
+_forced: str | None = os.environ.get("FASTLM_BACKEND") or None
+_warned: set[str] = set()
+
+
+class FastlmFallbackWarning(UserWarning):
+    """A call ran on the reference because no kernel covers it; shown once per reason."""
+
+
+def available() -> dict[str, dict[str, object]]:
+    """{name: {"available": bool, "reason": str | None}} for every back end."""
+    cpu_reason = _native.reason
+    return {
+        "reference": {"available": True, "reason": None},
+        "cpu": {"available": cpu_reason is None, "reason": cpu_reason},
+        "cuda": {"available": False, "reason": "this version of fastlm has no CUDA kernels"},
+        "triton": {"available": False, "reason": "this version of fastlm has no Triton kernels"},
+    }
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source}: expected one of {', '.join(NAMES)}, got {name!r}")
+    entry = available()[name]
+    if not entry["available"]:
+        raise RuntimeError(f"{source}: back end {name!r} is not available: {entry['reason']}")
+    return name
+
+
+if _forced is not None:
+    _check_name(_forced, "FASTLM_BACKEND")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Forces a back end for the calls inside (eager only): "reference", "cpu", "cuda" or "triton".
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the back end is not available here (`fastlm.info()` says why).
+    """
+    global _forced
+    previous, _forced = _forced, _check_name(name, "fastlm.backend")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def forced() -> str | None:
+    """The back end forced by `backend()` or FASTLM_BACKEND, or None."""
+    return _forced
+
+
+def fall_back(reason: str) -> None:
+    """Tells that the reference runs: one warning per reason, or an error under FASTLM_STRICT=1."""
+    if os.environ.get("FASTLM_STRICT", "0") not in ("", "0"):
+        raise RuntimeError(f"fastlm (FASTLM_STRICT=1): no kernel covers this call: {reason}")
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"fastlm runs the plain reference: {reason}", FastlmFallbackWarning, stacklevel=4)

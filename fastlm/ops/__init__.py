@@ -1,0 +1,14 @@
+"""Operations: one op name for all back ends, with schema, checks, shape function, autograd and plain reference."""
+
+from fastlm import _native
+from fastlm.ops import _schema as _schema  # the names must exist before anything attaches to them
+
+if _native.module is None:
+    from fastlm.ops import _pure
+
+    _pure.register()
+
+from fastlm.ops.gru import gru, gru_cell
+from fastlm.ops.lstm import lstm, lstm_cell
+
+__all__ = ["gru", "gru_cell", "lstm", "lstm_cell"]
