@@ -1,0 +1,68 @@
+// fastlm._C for Python: what is not a tensor operation. The operations register themselves when this library loads.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <thread>
+#include <vector>
+
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+namespace cpu = fastlm::cpu;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <class T, class Field>
+void define_sweep(py::module_& module, const char* name, Field field) {
+  module.def(
+      name,
+      [field](const Array<T>& x) {
+        Array<T> y(x.size());
+        (cpu::kernels<T>().math->*field)(x.data(), y.mutable_data(), x.size());
+        return y;
+      },
+      py::arg("x").noconvert(), "The current ISA's function over a 1-D float32 or float64 array.");
+}
+
+template <class T>
+void define_sweeps(py::module_& module) {
+  define_sweep<T>(module, "simd_exp", &cpu::MathKernels<T>::exp);
+  define_sweep<T>(module, "simd_sigmoid", &cpu::MathKernels<T>::sigmoid);
+  define_sweep<T>(module, "simd_tanh", &cpu::MathKernels<T>::tanh);
+}
+
+double fma_peak(int threads, double seconds) {
+  py::gil_scoped_release release;
+  std::vector<double> rates(threads);
+  std::vector<std::thread> pool;
+  for (double& rate : rates)
+    pool.emplace_back([&rate, seconds] { rate = cpu::kernels<float>().gemm->fma_peak(seconds); });
+  for (auto& thread : pool) thread.join();
+  double sum = 0;
+  for (double rate : rates) sum += rate;
+  return sum;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Introspection of fastlm's compiled kernels.";
+  module.def("cpu_isa", &cpu::isa, "Name of the instruction set in use.");
+  module.def("cpu_isas", &cpu::usable_isas, "Names of those usable on this machine, plainest first.");
+  module.def("set_cpu_isa", &cpu::set_isa, py::arg("name"), "Uses another instruction set from now on.");
+  module.def("build_info", [] {
+    py::dict info;
+    info["torch"] = FASTLM_TORCH_VERSION;
+    info["compiler"] = __VERSION__;
+    info["isas"] = cpu::built_isas();
+    return info;
+  });
+  module.def("fma_peak", &fma_peak, py::arg("threads"), py::arg("seconds"),
+             "Best rate of fused multiply-adds in registers over `threads` threads together, float32, GFLOP/s.");
+  define_sweeps<float>(module);
+  define_sweeps<double>(module);
+}

@@ -1,0 +1,51 @@
+// The instruction sets that kernels are compiled for, the choice at run time, and one table of entries per set.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "core/params.h"
+#include "cpu/recurrent.h"
+#include "cpu/team.h"
+
+namespace fastlm::cpu {
+
+template <class T>
+struct GemmKernels {
+  void (*gemm)(const GemmParams<T>&, int threads, ParallelFor);
+  // Fused multiply-adds in registers for about `seconds` on the calling thread; returns GFLOP/s.
+  double (*fma_peak)(double seconds);
+};
+
+template <class T>
+struct RecurrentKernels {
+  void (*forward)(const RecurrentForwardParams<T>&, const RecurrentPlan&, ParallelFor);
+  void (*backward)(const RecurrentBackwardParams<T>&, const RecurrentPlan&, ParallelFor);
+};
+
+// For accuracy sweeps: y[i] = f(x[i]).
+template <class T>
+struct MathKernels {
+  void (*exp)(const T* x, T* y, int64_t n);
+  void (*sigmoid)(const T* x, T* y, int64_t n);
+  void (*tanh)(const T* x, T* y, int64_t n);
+};
+
+// One entry per operation family; a table per ISA and element type, filled by csrc/cpu/isa/<isa>_<family>.cpp.
+template <class T>
+struct Kernels {
+  const GemmKernels<T>* gemm;
+  const RecurrentKernels<T>*gru, *lstm;
+  const MathKernels<T>* math;
+};
+
+// The table of the current ISA.
+template <class T>
+const Kernels<T>& kernels();
+
+std::string isa();                      // name of the current one
+std::vector<std::string> usable_isas(); // on this machine, plainest first
+void set_isa(const std::string& name);  // throws std::invalid_argument with the usable ones; the process over
+std::vector<std::string> built_isas();
+
+}  // namespace fastlm::cpu

@@ -1,0 +1,3 @@
+#include "cpu/isa/avx2.h"
+
+#include "cpu/kernels/gru.inl"

@@ -1,0 +1,3 @@
+#include "cpu/isa/scalar.h"
+
+#include "cpu/kernels/lstm.inl"

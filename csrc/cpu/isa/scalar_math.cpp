@@ -1,0 +1,3 @@
+#include "cpu/isa/scalar.h"
+
+#include "cpu/kernels/math.inl"

@@ -1,0 +1,18 @@
+// Every standard header that a kernel includes, before a target pragma is on: an inline function of theirs compiled
+// for a newer ISA could be the copy that the linker keeps for all. Nothing else is included by an ISA's files before it.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/workspace.h"

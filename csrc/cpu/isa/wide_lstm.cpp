@@ -1,0 +1,3 @@
+#include "cpu/isa/wide.h"
+
+#include "cpu/kernels/lstm.inl"

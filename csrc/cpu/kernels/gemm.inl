@@ -1,0 +1,233 @@
+// The one product of fastlm: C = init + op(A) op(B), blocked and packed, float and double.
+//
+// B is packed into panels of kCols columns, [K][kCols] each; A is read in place where its rows are contiguous in k, and
+// packed [K][kTileRows] where they are not. A tile of up to kTileRows x kCols of C lives in registers over a block of
+// K, so B's panel comes from L1 or L2 and a broadcast element of A serves kTileVecs multiply-adds. Every element of C
+// is summed in ascending k within a block and block after block; neither the number of threads nor the place in a tile
+// changes the result. Where a problem has few rows in all, k is dealt to several accumulators to hide the latency.
+#pragma once
+
+#include <algorithm>
+
+#include "core/params.h"
+#include "cpu/simd/vec.h"
+#include "cpu/team.h"
+
+namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
+
+constexpr int kTileRows = 6;
+constexpr int kTileVecs = FASTLM_VECTOR_BYTES == 64 ? 4 : 2;  // 24 of 32, or 12 of 16 registers accumulate
+
+template <class T>
+constexpr int64_t kCols = int64_t{kTileVecs} * Vec<T>::kLanes;
+template <class T>
+constexpr int64_t kBlockDepth = 2048 / sizeof(T);  // k per block: the panel and a tile of A fit in L1 and L2
+constexpr int64_t kBlockRows = 96;                 // rows of A worked on with one panel
+
+enum class Init { kZero, kBias, kAccumulate };
+
+template <class T>
+struct TileParams {
+  const T* a;           // first element of the tile's first row
+  int64_t a_row, a_k;   // strides of A between rows and between k
+  const T* panel;       // [depth][kCols] at panel_stride
+  int64_t panel_stride;
+  int64_t depth;
+  T* c;                 // (rows, kCols) at c_stride
+  int64_t c_stride;
+  Init init;
+  const T* bias;        // (kCols), read for Init::kBias only
+};
+
+// Rows R, with k dealt to P accumulators per element. kPacked says a_row is 1 (else a_k is 1): the compiler then folds
+// the strides into addresses.
+template <class T, int R, int P, bool kPacked>
+__attribute__((noinline)) void tile_product(const TileParams<T>& p) {
+  using V = Vec<T>;
+  V acc[P][R][kTileVecs];
+  for (int i = 0; i < P; ++i)
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kTileVecs; ++v) acc[i][r][v] = V::zero();
+  if (p.init == Init::kAccumulate)
+    for (int r = 0; r < R; ++r) __builtin_prefetch(p.c + r * p.c_stride, 1);
+
+  const T* a = p.a;
+  const T* panel = p.panel;
+  const auto step = [&](int i) FASTLM_LAMBDA_INLINE {
+    V b[kTileVecs];
+    for (int v = 0; v < kTileVecs; ++v) b[v] = V::load(panel + v * V::kLanes);
+    for (int r = 0; r < R; ++r) {
+      const V value = V::broadcast(kPacked ? a[r] : a[r * p.a_row]);
+      for (int v = 0; v < kTileVecs; ++v) acc[i][r][v] = fma(value, b[v], acc[i][r][v]);
+    }
+    a += kPacked ? p.a_k : 1;
+    panel += p.panel_stride;
+  };
+  int64_t k = 0;
+  constexpr int kUnroll = P > 4 ? P : 4;
+  for (; k + kUnroll <= p.depth; k += kUnroll)
+    for (int i = 0; i < kUnroll; ++i) step(i % P);
+  for (; k < p.depth; ++k) step(0);
+
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < kTileVecs; ++v) {
+      V sum = acc[0][r][v];
+      for (int i = 1; i < P; ++i) sum = sum + acc[i][r][v];
+      T* c = p.c + r * p.c_stride + v * V::kLanes;
+      if (p.init == Init::kAccumulate) sum = sum + V::load(c);
+      if (p.init == Init::kBias) sum = sum + V::load(p.bias + v * V::kLanes);
+      sum.store(c);
+    }
+}
+
+// Accumulators per element for a problem with `rows` rows of A in all (not per tile: see the note on bits above).
+constexpr int accumulators(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+
+template <class T, bool kPacked>
+void run_tile(int rows, int deal, const TileParams<T>& p) {
+  using Tile = void (*)(const TileParams<T>&);
+  static constexpr Tile kSingle[] = {tile_product<T, 1, 1, kPacked>, tile_product<T, 2, 1, kPacked>,
+                                     tile_product<T, 3, 1, kPacked>, tile_product<T, 4, 1, kPacked>,
+                                     tile_product<T, 5, 1, kPacked>, tile_product<T, 6, 1, kPacked>};
+  static constexpr Tile kDouble[] = {tile_product<T, 1, 2, kPacked>, tile_product<T, 2, 2, kPacked>,
+                                     tile_product<T, 3, 2, kPacked>};
+  if (deal == 4) return tile_product<T, 1, 4, kPacked>(p);
+  (deal == 2 ? kDouble : kSingle)[rows - 1](p);
+}
+
+// C (rows, kCols) = init + A (rows, depth) * panel, with rows of A contiguous in k. `deal` = accumulators(all rows).
+template <class T>
+void panel_product(const T* a, int64_t a_stride, int64_t rows, const T* panel, int64_t panel_stride, int64_t depth,
+                   T* c, int64_t c_stride, Init init, const T* bias, int deal) {
+  const int64_t limit = deal == 1 ? kTileRows : deal == 2 ? 3 : 1;
+  const int64_t tiles = (rows + limit - 1) / limit;
+  for (int64_t k = 0; k < depth || k == 0; k += kBlockDepth<T>) {
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
+      run_tile<T, false>(static_cast<int>(end - begin), deal,
+                         {a + begin * a_stride + k, a_stride, 1, panel + k * panel_stride, panel_stride,
+                          std::min(kBlockDepth<T>, depth - k), c + begin * c_stride, c_stride,
+                          k == 0 ? init : Init::kAccumulate, bias});
+    }
+  }
+}
+
+// Panel [depth][kCols] of columns [0, cols) of B as stored (K, N): rows copied, missing columns zero.
+template <class T>
+void pack_rows(const T* b, int64_t stride, int64_t depth, int64_t cols, T* panel) {
+  using V = Vec<T>;
+  for (int64_t k = 0; k < depth; ++k, b += stride, panel += kCols<T>)
+    for (int v = 0; v < kTileVecs; ++v)
+      V::load_partial(b + v * V::kLanes, std::clamp<int64_t>(cols - v * V::kLanes, 0, V::kLanes))
+          .store(panel + v * V::kLanes);
+}
+
+// The same panel of B as stored (N, K): transposed.
+template <class T>
+void pack_transposed(const T* b, int64_t stride, int64_t depth, int64_t cols, T* panel) {
+  int64_t n = 0;
+#if FASTLM_FMA_BYTES >= 32
+  if constexpr (sizeof(T) == 4)
+    for (; n + 8 <= cols; n += 8) {
+      int64_t k = 0;
+      for (; k + 8 <= depth; k += 8) transpose_8x8(b + n * stride + k, stride, panel + k * kCols<T> + n, kCols<T>);
+      for (; k < depth; ++k)
+        for (int i = 0; i < 8; ++i) panel[k * kCols<T> + n + i] = b[(n + i) * stride + k];
+    }
+#endif
+  for (; n < kCols<T>; ++n)
+    for (int64_t k = 0; k < depth; ++k) panel[k * kCols<T> + n] = n < cols ? b[n * stride + k] : T(0);
+}
+
+// Rows [begin, end) of A as stored (K, M), packed [tile][depth][kTileRows].
+template <class T>
+void pack_tiles(const T* a, int64_t stride, int64_t depth, int64_t begin, int64_t end, T* packed) {
+  for (int64_t m = begin; m < end; m += kTileRows, packed += depth * kTileRows) {
+    const T* from = a + m;
+    T* to = packed;
+    if (end - m >= kTileRows) {
+      for (int64_t k = 0; k < depth; ++k, from += stride, to += kTileRows) memcpy(to, from, kTileRows * sizeof(T));
+    } else {
+      for (int64_t k = 0; k < depth; ++k, from += stride, to += kTileRows)
+        for (int64_t r = 0; r < end - m; ++r) to[r] = from[r];
+    }
+  }
+}
+
+template <class T>
+struct GemmBuffers {
+  T* b_panels;  // shared: one block of k of all panels
+  T* a_tiles;   // kBlockRows x kBlockDepth per member
+  T* edge;      // kTileRows x kCols per member
+
+  template <class W>
+  static GemmBuffers take(W& workspace, int64_t n, int64_t k, int members) {
+    const int64_t panels = (n + kCols<T> - 1) / kCols<T>;
+    GemmBuffers buffers;
+    buffers.b_panels = workspace.template take<T>(panels * std::min(k, kBlockDepth<T>) * kCols<T>);
+    buffers.a_tiles = workspace.template take<T>(members * kBlockRows * kBlockDepth<T>);
+    buffers.edge = workspace.template take<T>(members * kTileRows * kCols<T>);
+    return buffers;
+  }
+};
+
+// One block of k of one panel of C: rows [begin, end), at most kBlockRows.
+template <class T>
+void block_times_panel(const GemmParams<T>& p, const T* a_tiles, int64_t begin, int64_t end, int64_t k, int64_t depth,
+                       const T* panel, int64_t col, T* edge) {
+  const int64_t cols = std::min(kCols<T>, p.n - col);
+  const Init init = k > 0 || p.accumulate ? Init::kAccumulate : Init::kZero;
+  const int deal = accumulators(p.m);
+  const int64_t limit = p.a_transposed || deal == 1 ? kTileRows : deal == 2 ? 3 : 1;
+  for (int64_t m = begin; m < end; m += limit) {
+    const int rows = static_cast<int>(std::min(limit, end - m));
+    T* c = p.c + m * p.c_stride + col;
+    const bool whole = cols == kCols<T>;
+    TileParams<T> tile{nullptr, p.a_stride, 1, panel, kCols<T>, depth, whole ? c : edge, whole ? p.c_stride : kCols<T>,
+                       whole ? init : Init::kZero, nullptr};
+    if (p.a_transposed) {
+      tile.a = a_tiles + (m - begin) * depth, tile.a_row = 1, tile.a_k = kTileRows;
+      run_tile<T, true>(rows, 1, tile);
+    } else {
+      tile.a = p.a + m * p.a_stride + k;
+      run_tile<T, false>(rows, deal, tile);
+    }
+    if (whole) continue;
+    for (int r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < cols; ++j)
+        c[r * p.c_stride + j] = edge[r * kCols<T> + j] + (init == Init::kAccumulate ? c[r * p.c_stride + j] : T(0));
+  }
+}
+
+// Run by every member. Ends without a barrier: whoever reads C from another member's part waits first.
+template <class T>
+void gemm(const GemmParams<T>& p, const GemmBuffers<T>& buffers, const Team& team) {
+  const int64_t panels = (p.n + kCols<T> - 1) / kCols<T>;
+  const bool split_rows = p.m >= 2 * kTileRows * team.size && (p.m >= p.n || panels < 2 * team.size);
+  const auto rows = split_rows ? team.split(p.m, kTileRows) : Team::Range{0, p.m};
+  const auto own = split_rows ? Team::Range{0, panels} : team.split(panels);
+  const auto to_pack = team.split(panels);
+  T* a_tiles = buffers.a_tiles + team.rank * kBlockRows * kBlockDepth<T>;
+  T* edge = buffers.edge + team.rank * kTileRows * kCols<T>;
+  for (int64_t k = 0; k < p.k; k += kBlockDepth<T>) {
+    const int64_t depth = std::min(kBlockDepth<T>, p.k - k);
+    if (k > 0) team.barrier();
+    for (int64_t i = to_pack.begin; i < to_pack.end; ++i) {
+      const int64_t col = i * kCols<T>, cols = std::min(kCols<T>, p.n - col);
+      T* panel = buffers.b_panels + i * depth * kCols<T>;
+      if (p.b_transposed)
+        pack_transposed(p.b + col * p.b_stride + k, p.b_stride, depth, cols, panel);
+      else
+        pack_rows(p.b + k * p.b_stride + col, p.b_stride, depth, cols, panel);
+    }
+    team.barrier();
+    for (int64_t m = rows.begin; m < rows.end; m += kBlockRows) {
+      const int64_t end = std::min(rows.end, m + kBlockRows);
+      if (p.a_transposed) pack_tiles(p.a + k * p.a_stride, p.a_stride, depth, m, end, a_tiles);
+      for (int64_t i = own.begin; i < own.end; ++i)
+        block_times_panel(p, a_tiles, m, end, k, depth, buffers.b_panels + i * depth * kCols<T>, i * kCols<T>, edge);
+    }
+  }
+}
+
+}  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

@@ -1,0 +1,53 @@
+// The product as an operation of its own, and the measure of what the machine could do.
+#pragma once
+
+#include <chrono>
+
+#include "cpu/isa.h"
+#include "cpu/kernels/gemm.inl"
+#include "cpu/workspace.h"
+
+namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
+
+template <class T>
+void gemm_entry(const GemmParams<T>& p, int threads, ParallelFor parallel_for) {
+  Workspace workspace;
+  GemmBuffers<T>::take(workspace, p.n, p.k, threads);
+  workspace.allocate();
+  const auto buffers = GemmBuffers<T>::take(workspace, p.n, p.k, threads);
+  const auto work_ns = static_cast<int64_t>(2. * p.m * p.n * p.k / 60);
+  run_team(parallel_for, threads, work_ns, [&](const Team& team) { gemm(p, buffers, team); });
+}
+
+template <class T>
+double fma_peak(double seconds) {
+  using V = Vec<T>;
+  using Clock = std::chrono::steady_clock;
+  constexpr int kChains = 12;
+  constexpr int64_t kRounds = 100000;
+  V acc[kChains];
+  for (auto& a : acc) a = V::broadcast(1);
+  // Opaque to the compiler, so that no step can be folded away.
+  T scale = T(0.999), shift = T(0.001);
+  __asm__ volatile("" : "+m"(scale), "+m"(shift));
+  const V times = V::broadcast(scale), plus = V::broadcast(shift);
+  double best = 0;
+  const auto start = Clock::now();
+  do {
+    const auto begin = Clock::now();
+    for (int64_t i = 0; i < kRounds; ++i)
+      for (auto& a : acc) a = fma(a, times, plus);
+    const double elapsed = std::chrono::duration<double>(Clock::now() - begin).count();
+    best = std::max(best, 2. * V::kLanes * kChains * kRounds / elapsed / 1e9);
+  } while (std::chrono::duration<double>(Clock::now() - start).count() < seconds);
+  V sum = V::zero();
+  for (const auto& a : acc) sum = sum + a;
+  volatile T sink = horizontal_sum(sum);
+  (void)sink;
+  return best;
+}
+
+extern const GemmKernels<float> kGemmFloat{gemm_entry<float>, fma_peak<float>};
+extern const GemmKernels<double> kGemmDouble{gemm_entry<double>, fma_peak<double>};
+
+}  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

@@ -1,0 +1,93 @@
+// GRU cell (Cho et al. 2014, arXiv:1406.1078v1; torch.nn.GRU equations):
+//   r = sigmoid(W_r x + b_r + U_r h), z likewise, n = tanh(W_n x + b_in + r (U_n h + b_hn)), h' = n + z (h - n).
+#pragma once
+
+#include "cpu/isa.h"
+#include "cpu/kernels/recurrent.inl"
+
+namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
+
+struct GruCell {
+  static constexpr int kGates = kGruGates, kReserve = kGruReserve, kHiddenKept = kKeptGruHidden;
+  static constexpr bool kHasCellState = false;
+  static constexpr bool kCarriesHidden = true;  // dh keeps a part, grad * z, under the product's sum
+
+  // Slots that a gate's input and state parts go to; only n keeps them apart.
+  static constexpr int input_slot(int gate) { return gate; }
+  static constexpr int state_slot(int gate) { return gate == kNew ? kSlotNewState : gate; }
+  // The state's slots as runs of neighbours: `count` gates from `gate` on lie from `slot` on.
+  struct Run {
+    int slot, gate, count;
+  };
+  static constexpr Run kStateRuns[] = {{kSlotReset, kReset, 2}, {kSlotNewState, kNew, 1}};
+  static constexpr int kRuns = 2;
+
+  template <class T>
+  static T bias(const RecurrentForwardParams<T>& p, int slot, int64_t unit) {
+    const auto at = [&](const T* b, int gate) { return b ? b[gate * p.hidden + unit] : T(0); };
+    if (slot == kSlotNewState) return at(p.b_hh, kNew);
+    return slot == kSlotNewInput ? at(p.b_ih, kNew) : at(p.b_ih, slot) + at(p.b_hh, slot);
+  }
+
+  template <class T>
+  struct ForwardRow {
+    const T* slots;          // [slot][kCols]
+    const T* h;
+    T *h_new, *c, *output;   // c: no use here
+    T* reserve;              // columns at hidden apart, or null
+    int64_t hidden;
+  };
+
+  // Units [u, u + n) of one row, n <= kLanes.
+  template <class T>
+  static FASTLM_INLINE void forward(const ForwardRow<T>& row, int64_t u, int64_t n) {
+    using V = Vec<T>;
+    const auto slot = [&](int i) FASTLM_LAMBDA_INLINE { return V::load(row.slots + i * kCols<T> + u); };
+    const V r = sigmoid(slot(kSlotReset)), z = sigmoid(slot(kSlotUpdate)), state = slot(kSlotNewState);
+    const V candidate = tanh(fma(r, state, slot(kSlotNewInput)));
+    const V h = V::load(row.h + u);
+    const V h_new = fma(z, h - candidate, candidate);
+    h_new.store(row.h_new + u);
+    h_new.store_partial(row.output + u, n);
+    if (!row.reserve) return;
+    const auto keep = [&](int column, V value) FASTLM_LAMBDA_INLINE {
+      value.store_partial(row.reserve + column * row.hidden + u, n);
+    };
+    keep(kKeptReset, r), keep(kKeptUpdate, z), keep(kKeptNew, candidate), keep(kKeptNewState, state);
+    keep(kKeptGruHidden, h);
+  }
+
+  template <class T>
+  struct BackwardRow {
+    const T* grad_output;  // or null
+    const T* reserve;
+    T *dh, *dc;            // in: gradient of the state after the step; out: its part that bypasses the product
+    T* d_gates;            // [slot][H]
+    int64_t hidden;
+  };
+
+  template <class T>
+  static FASTLM_INLINE void backward(const BackwardRow<T>& row, int64_t u, int64_t n) {
+    using V = Vec<T>;
+    const auto kept = [&](int column) FASTLM_LAMBDA_INLINE {
+      return V::load_partial(row.reserve + column * row.hidden + u, n);
+    };
+    const V r = kept(kKeptReset), z = kept(kKeptUpdate), candidate = kept(kKeptNew), one = V::broadcast(1);
+    V grad = V::load(row.dh + u);
+    if (row.grad_output) grad = grad + V::load_partial(row.grad_output + u, n);
+    const V keep = one - z;
+    const V d_new = grad * keep * fnma(candidate, candidate, one);
+    const V d_update = grad * (kept(kKeptGruHidden) - candidate) * (z * keep);
+    const V d_reset = d_new * kept(kKeptNewState) * (r * (one - r));
+    const auto put = [&](int slot, V value) FASTLM_LAMBDA_INLINE {
+      value.store_partial(row.d_gates + slot * row.hidden + u, n);
+    };
+    put(kSlotReset, d_reset), put(kSlotUpdate, d_update), put(kSlotNewInput, d_new), put(kSlotNewState, d_new * r);
+    (grad * z).store(row.dh + u);
+  }
+};
+
+extern const RecurrentKernels<float> kGruFloat{recurrent_forward<float, GruCell>, recurrent_backward<float, GruCell>};
+extern const RecurrentKernels<double> kGruDouble{recurrent_forward<double, GruCell>, recurrent_backward<double, GruCell>};
+
+}  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

@@ -1,0 +1,76 @@
+#include "cpu/recurrent.h"
+
+#include "core/gates.h"
+#include "cpu/isa.h"
+
+namespace fastlm::cpu {
+namespace {
+
+// Chunks depend on sizes alone, never on threads, so that sums come out the same.
+constexpr int64_t kForwardRows = 128;            // rows per input projection: the sums stay in L2
+constexpr int64_t kBackwardBytes = 8 << 20;      // slot gradients between weight gradients: they stay in L3
+constexpr int64_t kBackwardRowsAtLeast = 512;    // a full block of k for the weight gradients
+constexpr int64_t kRowsToSplit = 4;              // rows per member from which sharing the batch pays
+constexpr double kFlopsPerNs = 60;               // of one core, cautiously
+constexpr double kFlopsPerThread = 1.5e6;        // below this much work per member a second thread loses
+
+int64_t chunk_steps(int64_t rows, int64_t batch, int64_t seq_len) {
+  return std::clamp<int64_t>(rows / std::max<int64_t>(batch, 1), 1, std::max<int64_t>(seq_len, 1));
+}
+
+template <class T, class Params>
+RecurrentPlan make_plan(const Params& p, int gates, int max_threads, int products) {
+  const double flops = 2. * products * p.seq_len * p.batch * gates * p.hidden * (p.input_size + p.hidden);
+  RecurrentPlan plan{};
+  const int wanted = static_cast<int>(std::min<double>(max_threads, flops / kFlopsPerThread));
+  plan.threads = std::max(1, wanted);
+  plan.split_batch = plan.threads > 1 ? p.batch >= kRowsToSplit * plan.threads : true;
+  plan.forward_chunk = chunk_steps(kForwardRows, p.batch, p.seq_len);
+  const int64_t row_bytes = kSlots * p.hidden * static_cast<int64_t>(sizeof(T));
+  plan.backward_chunk = chunk_steps(std::max(kBackwardRowsAtLeast, kBackwardBytes / std::max<int64_t>(row_bytes, 1)),
+                                    p.batch, p.seq_len);
+  plan.work_ns = static_cast<int64_t>(flops / kFlopsPerNs);
+  return plan;
+}
+
+}  // namespace
+
+template <class T>
+RecurrentPlan RecurrentPlan::make(const RecurrentForwardParams<T>& p, int gates, int max_threads) {
+  return make_plan<T>(p, gates, max_threads, 1);
+}
+
+template <class T>
+RecurrentPlan RecurrentPlan::make(const RecurrentBackwardParams<T>& p, int gates, int max_threads) {
+  return make_plan<T>(p, gates, max_threads, 2);
+}
+
+template <class T>
+void gru_forward(const RecurrentForwardParams<T>& p, int max_threads, ParallelFor parallel_for) {
+  kernels<T>().gru->forward(p, RecurrentPlan::make(p, kGruGates, max_threads), parallel_for);
+}
+
+template <class T>
+void gru_backward(const RecurrentBackwardParams<T>& p, int max_threads, ParallelFor parallel_for) {
+  kernels<T>().gru->backward(p, RecurrentPlan::make(p, kGruGates, max_threads), parallel_for);
+}
+
+template <class T>
+void lstm_forward(const RecurrentForwardParams<T>& p, int max_threads, ParallelFor parallel_for) {
+  kernels<T>().lstm->forward(p, RecurrentPlan::make(p, kLstmGates, max_threads), parallel_for);
+}
+
+template <class T>
+void lstm_backward(const RecurrentBackwardParams<T>& p, int max_threads, ParallelFor parallel_for) {
+  kernels<T>().lstm->backward(p, RecurrentPlan::make(p, kLstmGates, max_threads), parallel_for);
+}
+
+#define FASTLM_INSTANTIATE(T)                                                     \
+  template void gru_forward(const RecurrentForwardParams<T>&, int, ParallelFor);  \
+  template void gru_backward(const RecurrentBackwardParams<T>&, int, ParallelFor); \
+  template void lstm_forward(const RecurrentForwardParams<T>&, int, ParallelFor); \
+  template void lstm_backward(const RecurrentBackwardParams<T>&, int, ParallelFor)
+FASTLM_INSTANTIATE(float);
+FASTLM_INSTANTIATE(double);
+
+}  // namespace fastlm::cpu

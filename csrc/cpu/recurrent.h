@@ -1,0 +1,34 @@
+// GRU and LSTM entries for bindings, and how one call is laid out over threads and time.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/params.h"
+#include "cpu/team.h"
+
+namespace fastlm::cpu {
+
+struct RecurrentPlan {
+  int threads;             // wanted members
+  bool split_batch;        // share rows of the batch, or units of the hidden state (one barrier a step)
+  int64_t forward_chunk;   // steps whose input projection is made at once
+  int64_t backward_chunk;  // steps between two rounds of weight gradients
+  int64_t work_ns;         // rough time on one thread
+
+  template <class T>
+  static RecurrentPlan make(const RecurrentForwardParams<T>& p, int gates, int max_threads);
+  template <class T>
+  static RecurrentPlan make(const RecurrentBackwardParams<T>& p, int gates, int max_threads);
+};
+
+template <class T>
+void gru_forward(const RecurrentForwardParams<T>& p, int max_threads, ParallelFor parallel_for);
+template <class T>
+void gru_backward(const RecurrentBackwardParams<T>& p, int max_threads, ParallelFor parallel_for);
+template <class T>
+void lstm_forward(const RecurrentForwardParams<T>& p, int max_threads, ParallelFor parallel_for);
+template <class T>
+void lstm_backward(const RecurrentBackwardParams<T>& p, int max_threads, ParallelFor parallel_for);
+
+}  // namespace fastlm::cpu

@@ -1,0 +1,148 @@
+// One SIMD vector of T for the ISA that this translation unit is compiled for, and what it can do.
+//
+// The width comes from FASTLM_VECTOR_BYTES (16 scalar baseline, 32 AVX2, 64 AVX-512), set by csrc/cpu/isa/*.cpp beside
+// the target pragma, with FASTLM_FMA_BYTES, the width of its fused multiply-add (0: none). Arithmetic is the compiler's vector extension, so one source serves every width, also a width
+// wider than the target's registers (how the 64-byte geometry is tested without AVX-512). Contraction is off in the
+// build: a fused multiply-add happens where fma() is written and nowhere else, so results cannot differ between two
+// instantiations of the same formula.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
+
+#define FASTLM_INLINE inline __attribute__((always_inline))
+#define FASTLM_LAMBDA_INLINE __attribute__((always_inline))
+
+template <class T>
+struct IntOf;
+template <>
+struct IntOf<float> {
+  using type = int32_t;
+};
+template <>
+struct IntOf<double> {
+  using type = int64_t;
+};
+
+template <class T>
+struct Vec {
+  static constexpr int kLanes = FASTLM_VECTOR_BYTES / sizeof(T);
+  using Int = typename IntOf<T>::type;
+  typedef T Raw __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
+  typedef T RawUnaligned __attribute__((vector_size(FASTLM_VECTOR_BYTES), aligned(alignof(T)), may_alias));
+  typedef Int RawInt __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
+  Raw raw;
+
+  static FASTLM_INLINE Vec load(const T* p) { return {*reinterpret_cast<const RawUnaligned*>(p)}; }
+  static FASTLM_INLINE Vec broadcast(T value) { return {value - Raw{}}; }
+  static FASTLM_INLINE Vec zero() { return {Raw{}}; }
+  FASTLM_INLINE void store(T* p) const { *reinterpret_cast<RawUnaligned*>(p) = raw; }
+
+  // The first n lanes (0 <= n <= kLanes); the rest is zero, and memory past n is not touched.
+  static FASTLM_INLINE Vec load_partial(const T* p, int64_t n) {
+    if (n >= kLanes) return load(p);
+    T lanes[kLanes] = {};
+    for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+    return load(lanes);
+  }
+  FASTLM_INLINE void store_partial(T* p, int64_t n) const {
+    if (n >= kLanes) return store(p);
+    T lanes[kLanes];
+    store(lanes);
+    for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+  }
+
+  friend FASTLM_INLINE Vec operator+(Vec a, Vec b) { return {a.raw + b.raw}; }
+  friend FASTLM_INLINE Vec operator-(Vec a, Vec b) { return {a.raw - b.raw}; }
+  friend FASTLM_INLINE Vec operator*(Vec a, Vec b) { return {a.raw * b.raw}; }
+  friend FASTLM_INLINE Vec operator/(Vec a, Vec b) { return {a.raw / b.raw}; }
+};
+
+#if FASTLM_FMA_BYTES == 64
+FASTLM_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return {_mm512_fmadd_ps(a.raw, b.raw, c.raw)};
+}
+FASTLM_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return {_mm512_fmadd_pd(a.raw, b.raw, c.raw)};
+}
+#elif FASTLM_FMA_BYTES == 32 && FASTLM_VECTOR_BYTES == 32
+FASTLM_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return {_mm256_fmadd_ps(a.raw, b.raw, c.raw)};
+}
+FASTLM_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return {_mm256_fmadd_pd(a.raw, b.raw, c.raw)};
+}
+#elif FASTLM_FMA_BYTES == 32
+// The 64-byte geometry on 32-byte registers, half by half.
+FASTLM_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  __m256 halves[3][2];
+  memcpy(halves, &a, 64), memcpy(halves + 1, &b, 64), memcpy(halves + 2, &c, 64);
+  for (int i = 0; i < 2; ++i) halves[2][i] = _mm256_fmadd_ps(halves[0][i], halves[1][i], halves[2][i]);
+  memcpy(&c, halves + 2, 64);
+  return c;
+}
+FASTLM_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  __m256d halves[3][2];
+  memcpy(halves, &a, 64), memcpy(halves + 1, &b, 64), memcpy(halves + 2, &c, 64);
+  for (int i = 0; i < 2; ++i) halves[2][i] = _mm256_fmadd_pd(halves[0][i], halves[1][i], halves[2][i]);
+  memcpy(&c, halves + 2, 64);
+  return c;
+}
+#else
+template <class T>
+FASTLM_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  return a * b + c;
+}
+#endif
+
+// c - a * b.
+template <class T>
+FASTLM_INLINE Vec<T> fnma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  return fma({-a.raw}, b, c);
+}
+
+// x held between low and high; NaN stays NaN.
+template <class T>
+FASTLM_INLINE Vec<T> clamp(Vec<T> x, T low, T high) {
+  const auto lo = Vec<T>::broadcast(low).raw, hi = Vec<T>::broadcast(high).raw;
+  const typename Vec<T>::Raw above = x.raw < lo ? lo : x.raw;
+  return {above > hi ? hi : above};
+}
+
+// Sum of all lanes by halving, the same tree on every call.
+template <class T>
+FASTLM_INLINE T horizontal_sum(Vec<T> x) {
+  T lanes[Vec<T>::kLanes];
+  x.store(lanes);
+  for (int width = Vec<T>::kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+#if FASTLM_FMA_BYTES >= 32
+// to[k][n] = from[n][k] for 8 x 8 floats.
+FASTLM_INLINE void transpose_8x8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(from + i * from_stride);
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to + i * to_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * to_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+  }
+}
+#endif
+
+}  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

@@ -1,0 +1,66 @@
+#include "cpu/team.h"
+
+#include <chrono>
+#include <thread>
+
+namespace fastlm::cpu {
+namespace {
+
+constexpr uint64_t kClosed = uint64_t{1} << 32;
+// A spin of some ten microseconds covers the usual skew of two members; beyond it another process has the core.
+constexpr int kSpins = 4000;
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+}  // namespace
+
+int TeamState::join(int covered, int64_t patience_ns) {
+  uint64_t seen = door_.load(std::memory_order_acquire);
+  int rank;
+  do {
+    if (seen & kClosed) return -1;
+    rank = static_cast<int>(seen & 0xffff);
+  } while (!door_.compare_exchange_weak(seen, seen + 1 + (static_cast<uint64_t>(covered) << 16),
+                                        std::memory_order_acq_rel));
+  const int64_t deadline = now_ns() + patience_ns;
+  for (int spins = 0; size() == 0; ++spins) {
+    seen = door_.load(std::memory_order_acquire);
+    const bool complete = static_cast<int>((seen >> 16) & 0xffff) == wanted_;
+    if (!(seen & kClosed) && (complete || (spins % 64 == 63 && now_ns() > deadline))) close(seen);
+    pause();
+  }
+  return rank;
+}
+
+bool TeamState::close(uint64_t seen) {
+  if (!door_.compare_exchange_strong(seen, seen | kClosed, std::memory_order_acq_rel)) return false;
+  size_.store(static_cast<int>(seen & 0xffff), std::memory_order_release);
+  return true;
+}
+
+void TeamState::barrier() {
+  const int generation = generation_.load(std::memory_order_acquire);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size()) {
+    arrived_.store(0, std::memory_order_relaxed);
+    generation_.store(generation + 1, std::memory_order_release);
+    return;
+  }
+  for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
+    if (spins < kSpins)
+      pause();
+    else
+      std::this_thread::yield();
+  }
+}
+
+}  // namespace fastlm::cpu

@@ -1,0 +1,79 @@
+// A team: the threads that run one kernel call together, with a barrier.
+//
+// The core starts no threads. The binding hands in a parallel_for (torch's pool); each chunk that it delivers joins the
+// team. Whoever waits too long for the others closes the door and goes on with those present (down to alone), so a
+// busy machine, OMP_THREAD_LIMIT, a nested call or a pool that runs chunks one after another costs time but never
+// hangs. Kernels give the same bits for every team size, which is what makes this legal.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+namespace fastlm::cpu {
+
+using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = void (*)(int64_t begin, int64_t end, ParallelBody body, void* context);
+
+class TeamState {
+ public:
+  explicit TeamState(int wanted) : wanted_(wanted) {}
+
+  // Joins with a chunk of `covered` of the wanted members; returns the rank, or -1 when the door is closed.
+  int join(int covered, int64_t patience_ns);
+  int size() const { return size_.load(std::memory_order_acquire); }
+  void barrier();
+
+ private:
+  bool close(uint64_t seen);
+
+  const int wanted_;
+  alignas(64) std::atomic<uint64_t> door_{0};  // members | covered << 16 | closed << 32
+  std::atomic<int> size_{0};
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<int> generation_{0};
+};
+
+class Team {
+ public:
+  Team(TeamState* state, int rank, int size) : rank(rank), size(size), state_(state) {}
+  const int rank, size;
+
+  void barrier() const {
+    if (size > 1) state_->barrier();
+  }
+
+  // This member's part [begin, end) of n items, in units of `unit` items.
+  struct Range {
+    int64_t begin, end;
+  };
+  Range split(int64_t n, int64_t unit = 1) const {
+    const int64_t units = (n + unit - 1) / unit;
+    const int64_t begin = units * rank / size * unit, end = units * (rank + 1) / size * unit;
+    return {begin < n ? begin : n, end < n ? end : n};
+  }
+
+ private:
+  TeamState* state_;
+};
+
+// Runs body(team) on up to `wanted` threads. `work_ns` (an estimate) sets how long a member waits for the others.
+template <class Body>
+void run_team(ParallelFor parallel_for, int wanted, int64_t work_ns, const Body& body) {
+  TeamState state(wanted);
+  if (wanted <= 1) return body(Team(&state, 0, 1));
+  struct Context {
+    TeamState& state;
+    const Body& body;
+    int64_t patience_ns;
+  } context{state, body, 50000 + work_ns / 4};
+  parallel_for(
+      0, wanted,
+      [](int64_t begin, int64_t end, void* raw) {
+        auto& context = *static_cast<Context*>(raw);
+        const int rank = context.state.join(static_cast<int>(end - begin), context.patience_ns);
+        if (rank >= 0) context.body(Team(&context.state, rank, context.state.size()));
+      },
+      &context);
+}
+
+}  // namespace fastlm::cpu

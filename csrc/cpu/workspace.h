@@ -1,0 +1,39 @@
+// Scratch memory of one call: cut into cache-aligned pieces, contents void. Pieces are taken twice: once to count,
+// once to get pointers, so that sizes are written in one place.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace fastlm::cpu {
+
+class Workspace {
+ public:
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() { std::free(base_); }
+
+  // A piece of n elements; null while counting.
+  template <class T>
+  T* take(int64_t n) {
+    const int64_t offset = used_;
+    // One line more than asked for staggers pieces whose size is a power of two over the cache's sets.
+    used_ += (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64 + 64;
+    return base_ ? reinterpret_cast<T*>(base_ + offset) : nullptr;
+  }
+
+  // Ends counting: allocates and starts over.
+  void allocate() {
+    base_ = static_cast<char*>(std::aligned_alloc(64, used_ + 64));
+    if (!base_) throw std::bad_alloc();
+    used_ = 0;
+  }
+
+ private:
+  char* base_ = nullptr;
+  int64_t used_ = 0;
+};
+
+}  // namespace fastlm::cpu
