@@ -62,6 +62,7 @@ class BuildWithoutCompilerSupport(build):
     error: ImportError
 
     def run(self) -> None:
+        """Refuses."""
         raise SystemExit(
             f"fastlm: cannot compile its kernels: {self.error}. Install {', '.join(BUILD_REQUIREMENTS)} first"
             " (an isolated build does), or set FASTLM_PURE=1 to build without kernels."

@@ -5,6 +5,7 @@
 
 import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -70,4 +71,14 @@ def fall_back(reason: str) -> None:
         raise RuntimeError(f"fastlm (FASTLM_STRICT=1): no kernel covers this call: {reason}")
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"fastlm runs the plain reference: {reason}", FastlmFallbackWarning, stacklevel=4)
+        # At the first caller outside of fastlm's own operations and modules.
+        warnings.warn(
+            f"fastlm runs the plain reference: {reason}", FastlmFallbackWarning, stacklevel=_depth_of_caller()
+        )
+
+
+def _depth_of_caller() -> int:
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "fastlm":
+        depth, frame = depth + 1, frame.f_back
+    return depth

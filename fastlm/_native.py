@@ -1,12 +1,13 @@
 """Loads the compiled extension once and keeps the reason where it cannot."""
 
+import importlib
 from types import ModuleType
 
 module: ModuleType | None = None
 reason: str | None = None
 
 try:
-    from fastlm import _C as module
+    module = importlib.import_module("fastlm._C")
 except ImportError as error:
     # "No module named" means it was never built (FASTLM_PURE=1); anything else is a broken build and is told whole.
     reason = f"the extension fastlm._C is not available: {error}"

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
@@ -59,7 +60,19 @@ T* write(const OptionalTensor& tensor) {
   return tensor ? tensor->template mutable_data_ptr<T>() : nullptr;
 }
 
-inline Tensor empty(const Tensor& like, std::vector<int64_t> shape) { return torch::stable::new_empty(like, shape); }
+// Straight to torch's allocator: a small call would feel the dispatcher's microseconds.
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) strides[i] = stride;
+  int32_t dtype = 0, device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                         strides.data(), dtype, device_type, 0, &handle));
+  return Tensor(handle);
+}
 
 // A result that may not be asked for: then an empty tensor stands in its place.
 inline OptionalTensor empty_if(bool wanted, const Tensor& like, std::vector<int64_t> shape) {
@@ -76,6 +89,5 @@ void dispatch(ScalarType dtype, const char* op, const Run& run) {
   if (dtype == ScalarType::Double) return run(double());
   check(false, std::string(op) + ": expected float32 or float64");
 }
-
 
 }  // namespace fastlm::bindings

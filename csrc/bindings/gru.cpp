@@ -30,10 +30,12 @@ std::tuple<Tensor, Tensor, Tensor> gru_forward(const Tensor& x_in, const Optiona
   return {output, h_n, or_empty(reserve, x)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
-    const OptionalTensor& grad_output_in, const OptionalTensor& grad_h_n_in, const Tensor& x_in, const Tensor& w_ih_in,
-    const Tensor& w_hh_in, const Tensor& reserve_in, bool reverse, bool need_x, bool need_h0, bool need_weights,
-    bool need_bias) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(const OptionalTensor& grad_output_in,
+                                                                        const OptionalTensor& grad_h_n_in,
+                                                                        const Tensor& x_in, const Tensor& w_ih_in,
+                                                                        const Tensor& w_hh_in, const Tensor& reserve_in,
+                                                                        bool reverse, bool need_x, bool need_h0,
+                                                                        bool need_weights, bool need_bias) {
   const RecurrentShape s(x_in, w_hh_in, kGruGates);
   const auto dtype = x_in.scalar_type();
   const auto grad_output = dense(grad_output_in, "grad_output", {s.seq_len, s.batch, s.hidden}, dtype);

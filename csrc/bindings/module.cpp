@@ -61,8 +61,9 @@ PYBIND11_MODULE(_C, module) {
     info["isas"] = cpu::built_isas();
     return info;
   });
-  module.def("fma_peak", &fma_peak, py::arg("threads"), py::arg("seconds"),
-             "Best rate of fused multiply-adds in registers over `threads` threads together, float32, GFLOP/s.");
+  module.def(
+      "fma_peak", &fma_peak, py::arg("threads"), py::arg("seconds"),
+      "Rate of fused multiply-adds in registers, float32, of `threads` threads together over `seconds`; GFLOP/s.");
   define_sweeps<float>(module);
   define_sweeps<double>(module);
 }

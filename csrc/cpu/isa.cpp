@@ -6,15 +6,15 @@
 
 namespace fastlm::cpu {
 
-#define FASTLM_DECLARE_ISA(isa)                                                       \
-  namespace isa {                                                                     \
-  extern const GemmKernels<float> kGemmFloat;                                         \
-  extern const GemmKernels<double> kGemmDouble;                                       \
-  extern const RecurrentKernels<float> kGruFloat, kLstmFloat;                         \
-  extern const RecurrentKernels<double> kGruDouble, kLstmDouble;                      \
-  extern const MathKernels<float> kMathFloat;                                         \
-  extern const MathKernels<double> kMathDouble;                                       \
-  constexpr Kernels<float> kFloat{&kGemmFloat, &kGruFloat, &kLstmFloat, &kMathFloat}; \
+#define FASTLM_DECLARE_ISA(isa)                                                             \
+  namespace isa {                                                                           \
+  extern const GemmKernels<float> kGemmFloat;                                               \
+  extern const GemmKernels<double> kGemmDouble;                                             \
+  extern const RecurrentKernels<float> kGruFloat, kLstmFloat;                               \
+  extern const RecurrentKernels<double> kGruDouble, kLstmDouble;                            \
+  extern const MathKernels<float> kMathFloat;                                               \
+  extern const MathKernels<double> kMathDouble;                                             \
+  constexpr Kernels<float> kFloat{&kGemmFloat, &kGruFloat, &kLstmFloat, &kMathFloat};       \
   constexpr Kernels<double> kDouble{&kGemmDouble, &kGruDouble, &kLstmDouble, &kMathDouble}; \
   }
 FASTLM_DECLARE_ISA(scalar)

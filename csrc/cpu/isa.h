@@ -13,7 +13,7 @@ namespace fastlm::cpu {
 template <class T>
 struct GemmKernels {
   void (*gemm)(const GemmParams<T>&, int threads, ParallelFor);
-  // Fused multiply-adds in registers for about `seconds` on the calling thread; returns GFLOP/s.
+  // Fused multiply-adds in registers for about `seconds` on the calling thread; GFLOP/s over that time.
   double (*fma_peak)(double seconds);
 };
 
@@ -43,9 +43,9 @@ struct Kernels {
 template <class T>
 const Kernels<T>& kernels();
 
-std::string isa();                      // name of the current one
-std::vector<std::string> usable_isas(); // on this machine, plainest first
-void set_isa(const std::string& name);  // throws std::invalid_argument with the usable ones; the process over
+std::string isa();                       // name of the current one
+std::vector<std::string> usable_isas();  // on this machine, plainest first
+void set_isa(const std::string& name);   // throws std::invalid_argument with the usable ones; the process over
 std::vector<std::string> built_isas();
 
 }  // namespace fastlm::cpu

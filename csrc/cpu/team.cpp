@@ -17,8 +17,7 @@ inline void pause() {
 }
 
 int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
       .count();
 }
 
@@ -30,8 +29,8 @@ int TeamState::join(int covered, int64_t patience_ns) {
   do {
     if (seen & kClosed) return -1;
     rank = static_cast<int>(seen & 0xffff);
-  } while (!door_.compare_exchange_weak(seen, seen + 1 + (static_cast<uint64_t>(covered) << 16),
-                                        std::memory_order_acq_rel));
+  } while (
+      !door_.compare_exchange_weak(seen, seen + 1 + (static_cast<uint64_t>(covered) << 16), std::memory_order_acq_rel));
   const int64_t deadline = now_ns() + patience_ns;
   for (int spins = 0; size() == 0; ++spins) {
     seen = door_.load(std::memory_order_acquire);

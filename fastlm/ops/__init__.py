@@ -8,6 +8,7 @@ if _native.module is None:
 
     _pure.register()
 
+from fastlm.ops import gemm as gemm
 from fastlm.ops.gru import gru, gru_cell
 from fastlm.ops.lstm import lstm, lstm_cell
 

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastlm import _backend
+from fastlm import _backend, _trace
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_functorch_level = torch._C._functorch.maybe_current_level
 _R = TypeVar("_R")
 
 
@@ -23,16 +25,16 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[object, ...], layout:
         raise ValueError(f"{name}: expected shape {layout} = {want}, got {tuple(shape)}")
 
 
-def check_same(tensors: dict[str, Tensor | None]) -> None:
-    """Raises unless all tensors given share one floating dtype and one device; the first names both."""
+def check_same(tensors: dict[str, Tensor | None], optional: tuple[str, ...] = ()) -> None:
+    """Raises unless all share the first's floating dtype and device; only those named optional may be None."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None and name in optional:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
         assert first is not None
-        if tensor.dtype != first.dtype:
+        if tensor.dtype != first.dtype and not _autocast_unites(tensor, first):
             raise ValueError(f"{name}: expected dtype {first.dtype} (that of {first_name}), got {tensor.dtype}")
         if tensor.device != first.device:
             raise ValueError(f"{name}: expected device {first.device} (that of {first_name}), got {tensor.device}")
@@ -41,34 +43,61 @@ def check_same(tensors: dict[str, Tensor | None]) -> None:
         raise ValueError(f"{first_name}: expected a floating-point dtype, got {first.dtype}")
 
 
-def check_recurrent(
-    gates: int,
-    x: Tensor,
-    states: dict[str, Tensor | None],
-    weights: dict[str, Tensor | None],
-) -> None:
-    """Checks one layer and direction of a recurrence; weights holds w_ih, w_hh, b_ih, b_hh in this order."""
-    check_same({"x": x, **states, **weights})
-    w_ih, w_hh = weights["w_ih"], weights["w_hh"]
-    assert w_ih is not None
-    assert w_hh is not None
+def check_recurrent(gates: int, tensors: dict[str, Any]) -> None:
+    """Checks the tensors of one layer and direction: x, states (h0, c0) and weights by name, w_hr for a projection."""
+    check_same(tensors, optional=("h0", "c0", "b_ih", "b_hh"))
+    x, w_hh, w_hr = tensors["x"], tensors["w_hh"], tensors.get("w_hr")
     if x.dim() != 3:
         raise ValueError(f"x: expected 3 dimensions (T, B, I), got shape {tuple(x.shape)}")
     seq_len, batch, input_size = x.shape
     if seq_len == 0:
         raise ValueError("x: expected at least one time step (T >= 1), got T = 0")
-    if w_hh.dim() != 2:
-        raise ValueError(f"w_hh: expected 2 dimensions ({gates}H, H), got shape {tuple(w_hh.shape)}")
-    rows = gates * w_hh.shape[1]
-    check_shape("w_hh", w_hh, (rows, w_hh.shape[1]), f"({gates}H, H)")
-    check_shape("w_ih", w_ih, (rows, input_size), f"({gates}H, I)")
-    for name in ("b_ih", "b_hh"):
-        bias = weights[name]
-        if bias is not None:
-            check_shape(name, bias, (rows,), f"({gates}H,)")
-    for name, state in states.items():
-        if state is not None:
-            check_shape(name, state, (batch, w_hh.shape[1]), "(B, H)")
+    width_name = "H" if w_hr is None else "P"
+    for name, tensor, layout in (("w_hh", w_hh, f"({gates}H, {width_name})"), ("w_hr", w_hr, "(P, H)")):
+        if tensor is not None and tensor.dim() != 2:
+            raise ValueError(f"{name}: expected 2 dimensions {layout}, got shape {tuple(tensor.shape)}")
+    width, hidden = (w_hh.shape[1], w_hh.shape[1]) if w_hr is None else w_hr.shape
+    expected = {
+        "w_hh": ((gates * hidden, width), f"({gates}H, {width_name})"),
+        "w_ih": ((gates * hidden, input_size), f"({gates}H, I)"),
+        "b_ih": ((gates * hidden,), f"({gates}H,)"),
+        "b_hh": ((gates * hidden,), f"({gates}H,)"),
+        "h0": ((batch, width), f"(B, {width_name})"),
+        "c0": ((batch, hidden), "(B, H)"),
+    }
+    for name, (shape, layout) in expected.items():
+        tensor = tensors.get(name)
+        if tensor is not None:
+            check_shape(name, tensor, shape, layout)
+
+
+def check_step_input(x: Any) -> None:
+    """Raises unless x is a Tensor (B, I), the input of one step."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+    if x.dim() != 2:
+        raise ValueError(f"x: expected 2 dimensions (B, I), got shape {tuple(x.shape)}")
+
+
+def is_plain(x: Any, *others: Any) -> bool:
+    """True where nothing but the kernel can be meant: eager, CPU tensors, float32 or float64, nothing forced.
+
+    The op then checks its arguments itself, so that a call of one step does not spend its time on checks.
+    """
+    for tensor in others:
+        if tensor is not None and not (type(tensor) in _PLAIN_TYPES and tensor.is_cpu):
+            return False
+    return (
+        type(x) in _PLAIN_TYPES
+        and (x.dtype is torch.float32 or x.dtype is torch.float64)
+        and x.is_cpu
+        and _backend._forced is None
+        and _trace.calls is None
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and _functorch_level() is None
+        and forward_ad._current_level < 0
+    )
 
 
 def composed_path(*tensors: Tensor | None) -> bool:
@@ -76,7 +105,7 @@ def composed_path(*tensors: Tensor | None) -> bool:
 
     An op with a registered backward would return a silent zero tangent there. This is no fallback.
     """
-    if torch._C._functorch.maybe_current_level() is not None:  # type: ignore[attr-defined]
+    if _functorch_level() is not None:
         return True
     if forward_ad._current_level < 0:
         return False
@@ -99,9 +128,10 @@ def plan(what: str, tensors: tuple[Tensor | None, ...]) -> Plan:
     x = tensors[0]
     assert x is not None
     dtype = _autocast_dtype(x) or x.dtype
-    if composed_path(*tensors):
-        return Plan(_cast(dtype, tensors), False, dtype)
-    if _uses_reference(what, x.device.type, dtype):
+    reason = _reason_for_reference(what, tensors, dtype)
+    if _trace.calls is not None:
+        _trace.record(what, reason)
+    if reason is not None:
         return Plan(_cast(dtype, tensors), False, dtype)
     return Plan(_cast(torch.float32 if dtype == torch.bfloat16 else dtype, tensors), True, dtype)
 
@@ -115,9 +145,14 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     device_type = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+    if x.dtype == torch.float64 or device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
+
+
+def _autocast_unites(*tensors: Tensor) -> bool:
+    """True where an active autocast brings these tensors to one dtype; float64 is never cast."""
+    return all(_autocast_dtype(tensor) is not None for tensor in tensors)
 
 
 def _cast(dtype: torch.dtype, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -126,23 +161,28 @@ def _cast(dtype: torch.dtype, tensors: tuple[Tensor | None, ...]) -> tuple[Tenso
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
-def _uses_reference(what: str, device_type: str, dtype: torch.dtype) -> bool:
+def _reason_for_reference(what: str, tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> str | None:
+    """Why the reference runs, or None where a kernel does; what is not the caller's wish is told as a fallback."""
+    if composed_path(*tensors):
+        return "derivatives by torch.func or forward-mode AD need the operation written out"
     if _backend.forced() == "reference":
-        return True
+        return 'the back end "reference" is forced'
+    device_type = tensors[0].device.type  # type: ignore[union-attr]
     if device_type not in ("cpu", "meta"):
-        _backend.fall_back(f"{what} has no kernel for device type {device_type!r}")
-        return True
-    if dtype not in KERNEL_DTYPES:
-        _backend.fall_back(f"{what} has no kernel for {dtype}")
-        return True
-    return False
+        reason = f"{what} has no kernel for device type {device_type!r}"
+    elif dtype not in KERNEL_DTYPES:
+        reason = f"{what} has no kernel for {dtype}"
+    else:
+        return None
+    _backend.fall_back(reason)
+    return reason
 
 
 def requires_grad(*tensors: Tensor | None) -> bool:
     """True where autograd would record a call with these inputs."""
     if not torch.is_grad_enabled():
         return False
-    for tensor in tensors:
+    for tensor in tensors:  # noqa: SIM110 (a generator would cost a microsecond per call)
         if tensor is not None and tensor.requires_grad:
             return True
     return False

@@ -1,5 +1,9 @@
 """The CPU implementation of the ops without the extension (FASTLM_PURE=1): the kernels' contract in plain PyTorch."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -13,6 +17,14 @@ def _steps(seq_len: int, reverse: bool) -> list[int]:
 
 def _zeros_or(state: Tensor | None, x: Tensor, hidden: int) -> Tensor:
     return x.new_zeros(x.shape[1], hidden) if state is None else state
+
+
+def _sum_of_products(grad_gates: Tensor, inputs: Tensor) -> Tensor:
+    """Sum over steps of grad_gates[t]^T inputs[t]: step by step, since one long sum loses accuracy."""
+    total = grad_gates.new_zeros(grad_gates.shape[2], inputs.shape[2])
+    for gates, rows in zip(grad_gates, inputs, strict=True):
+        total.addmm_(gates.mT, rows)
+    return total
 
 
 def gru_forward(
@@ -58,7 +70,7 @@ def gru_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `gru_forward`; one that is not needed is empty."""
-    seq_len, batch, input_size = x.shape
+    seq_len, batch, _ = x.shape
     hidden = w_hh.shape[1]
     grad_gates_x = x.new_empty(seq_len, batch, 3 * hidden)
     grad_gates_h = x.new_empty(seq_len, batch, 3 * hidden)
@@ -72,15 +84,14 @@ def gru_backward(
         torch.cat((grad_r, grad_z, grad_n), -1, out=grad_gates_x[t])
         torch.cat((grad_r, grad_z, grad_n * r), -1, out=grad_gates_h[t])
         carry = grad * z + grad_gates_h[t] @ w_hh
-    flat_x, flat_h = grad_gates_x.reshape(-1, 3 * hidden), grad_gates_h.reshape(-1, 3 * hidden)
     empty = x.new_empty(0)
     return (
         grad_gates_x @ w_ih if need_x else empty,
         carry.clone() if need_h0 else empty.clone(),
-        flat_x.mT @ x.reshape(-1, input_size) if need_weights else empty.clone(),
-        flat_h.mT @ reserve[..., 4 * hidden :].reshape(-1, hidden) if need_weights else empty.clone(),
-        flat_x.sum(0) if need_bias else empty.clone(),
-        flat_h.sum(0) if need_bias else empty.clone(),
+        _sum_of_products(grad_gates_x, x) if need_weights else empty.clone(),
+        _sum_of_products(grad_gates_h, reserve[..., 4 * hidden :]) if need_weights else empty.clone(),
+        grad_gates_x.sum(1).sum(0) if need_bias else empty.clone(),
+        grad_gates_h.sum(1).sum(0) if need_bias else empty.clone(),
     )
 
 
@@ -128,7 +139,7 @@ def lstm_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `lstm_forward`; one that is not needed is empty."""
-    seq_len, batch, input_size = x.shape
+    seq_len, batch, _ = x.shape
     hidden = w_hh.shape[1]
     grad_gates = x.new_empty(seq_len, batch, 4 * hidden)
     grad_h, grad_c = _zeros_or(grad_h_n, x, hidden), _zeros_or(grad_c_n, x, hidden)
@@ -142,20 +153,30 @@ def lstm_backward(
         torch.cat((grad_i, grad_f, grad_g, grad_o), -1, out=grad_gates[t])
         grad_c = grad_c * f
         grad_h = grad_gates[t] @ w_hh
-    flat = grad_gates.reshape(-1, 4 * hidden)
     empty = x.new_empty(0)
     return (
         grad_gates @ w_ih if need_x else empty,
         grad_h.clone() if need_h0 else empty.clone(),
         grad_c.clone() if need_h0 else empty.clone(),
-        flat.mT @ x.reshape(-1, input_size) if need_weights else empty.clone(),
-        flat.mT @ reserve[..., 5 * hidden :].reshape(-1, hidden) if need_weights else empty.clone(),
-        flat.sum(0) if need_bias else empty.clone(),
+        _sum_of_products(grad_gates, x) if need_weights else empty.clone(),
+        _sum_of_products(grad_gates, reserve[..., 5 * hidden :]) if need_weights else empty.clone(),
+        grad_gates.sum(1).sum(0) if need_bias else empty.clone(),
     )
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The casts are made before the op; an autocast around the call would make more of them in here."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return function(*args)
+
+    return run
 
 
 def register() -> None:
     """Makes these functions the CPU implementation of the ops."""
     for function in (gru_forward, gru_backward, lstm_forward, lstm_backward):
-        _schema.LIBRARY.impl(function.__name__, function, "CPU")
+        _schema.LIBRARY.impl(function.__name__, _without_autocast(function), "CPU")
     _schema.LIBRARY.impl("gemm", reference.gemm, "CPU")

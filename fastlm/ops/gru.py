@@ -43,13 +43,25 @@ def gru(
     (gradients 3x) that of torch.nn.GRU, plus rounding. Results do not depend on the number of threads.
     Differentiable in every tensor, any number of times.
     """
-    _common.check_recurrent(3, x, {"h0": h0}, {"w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh})
+    if _common.is_plain(x, h0, w_ih, w_hh, b_ih, b_hh):
+        record = _common.requires_grad(x, h0, w_ih, w_hh, b_ih, b_hh)
+        try:
+            output, h_n, _ = _common.call(_forward, record, x, h0, w_ih, w_hh, b_ih, b_hh, reverse, record)
+            return output, h_n
+        except (RuntimeError, ValueError):
+            _check(x, h0, w_ih, w_hh, b_ih, b_hh)  # says it by the argument's name
+            raise
+    _check(x, h0, w_ih, w_hh, b_ih, b_hh)
     tensors, kernel, dtype = _common.plan("gru", (x, h0, w_ih, w_hh, b_ih, b_hh))
     if not kernel:
         return reference.gru(*tensors, reverse=reverse)
     record = _common.requires_grad(*tensors)
     output, h_n, _ = _common.call(_forward, record, *tensors, reverse, record)
     return (output, h_n) if output.dtype == dtype else (output.to(dtype), h_n.to(dtype))
+
+
+def _check(x: object, h0: object, w_ih: object, w_hh: object, b_ih: object, b_hh: object) -> None:
+    _common.check_recurrent(3, {"x": x, "h0": h0, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh})
 
 
 def gru_cell(
@@ -60,8 +72,7 @@ def gru_cell(
     Raises:
         ValueError: shapes, dtypes or devices disagree (the message names the argument, expected and got).
     """
-    if x.dim() != 2:
-        raise ValueError(f"x: expected 2 dimensions (B, I), got shape {tuple(x.shape)}")
+    _common.check_step_input(x)
     return gru(x.unsqueeze(0), h, w_ih, w_hh, b_ih, b_hh)[1]
 
 

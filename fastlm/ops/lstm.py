@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm import _backend
+from fastlm import _backend, _trace
 from fastlm.ops import _common, reference
 
 _forward = torch.ops.fastlm.lstm_forward.default
@@ -46,10 +46,18 @@ def lstm(
     (gradients 3x) that of torch.nn.LSTM, plus rounding. Results do not depend on the number of threads.
     Differentiable in every tensor, any number of times.
     """
-    h0, c0 = _check_state(state)
+    h0, c0 = _pair(state)
     if w_hr is not None:
         return _projected(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reverse)
-    _common.check_recurrent(4, x, {"h0": h0, "c0": c0}, {"w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh})
+    if _common.is_plain(x, h0, c0, w_ih, w_hh, b_ih, b_hh):
+        record = _common.requires_grad(x, h0, c0, w_ih, w_hh, b_ih, b_hh)
+        try:
+            output, h_n, c_n, _ = _common.call(_forward, record, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, record)
+            return output, (h_n, c_n)
+        except (RuntimeError, ValueError):
+            _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh)  # says it by the argument's name
+            raise
+    _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh)
     tensors, kernel, dtype = _common.plan("lstm", (x, h0, c0, w_ih, w_hh, b_ih, b_hh))
     if not kernel:
         return reference.lstm(tensors[0], tensors[1:3], *tensors[3:], reverse=reverse)
@@ -73,15 +81,21 @@ def lstm_cell(
     Raises:
         ValueError: shapes, dtypes or devices disagree (the message names the argument, expected and got).
     """
-    if x.dim() != 2:
-        raise ValueError(f"x: expected 2 dimensions (B, I), got shape {tuple(x.shape)}")
+    _common.check_step_input(x)
     return lstm(x.unsqueeze(0), state, w_ih, w_hh, b_ih, b_hh)[1]
 
 
-def _check_state(state: object) -> tuple[Tensor | None, Tensor | None]:
+def _pair(state: object) -> tuple[Tensor | None, Tensor | None]:
     if not isinstance(state, tuple | list) or len(state) != 2:
         raise TypeError(f"state: expected a pair (h0, c0) of Tensors or None, got {type(state).__name__}")
     return state[0], state[1]
+
+
+def _check(
+    x: object, h0: object, c0: object, w_ih: object, w_hh: object, b_ih: object, b_hh: object, w_hr: object = None
+) -> None:
+    tensors = {"x": x, "h0": h0, "c0": c0, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh}
+    _common.check_recurrent(4, tensors if w_hr is None else tensors | {"w_hr": w_hr})
 
 
 def _projected(
@@ -95,14 +109,12 @@ def _projected(
     w_hr: Tensor,
     reverse: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    _common.check_same({"x": x, "h0": h0, "c0": c0, "w_ih": w_ih, "w_hh": w_hh, "w_hr": w_hr})
-    if w_hr.dim() != 2:
-        raise ValueError(f"w_hr: expected 2 dimensions (P, H), got shape {tuple(w_hr.shape)}")
-    proj, hidden = w_hr.shape
-    _common.check_shape("w_hh", w_hh, (4 * hidden, proj), "(4H, P)")
-    _common.check_shape("w_ih", w_ih, (4 * hidden, x.shape[-1]), "(4H, I)")
+    _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    reason = "lstm has no kernel for a projection (w_hr, proj_size)"
+    if _trace.calls is not None:
+        _trace.record("lstm", reason)
     if _backend.forced() != "reference" and not _common.composed_path(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr):
-        _backend.fall_back("lstm has no kernel for a projection (w_hr, proj_size)")
+        _backend.fall_back(reason)
     tensors = _common.autocast(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     return reference.lstm(tensors[0], tensors[1:3], *tensors[3:], reverse=reverse)
 

@@ -1,3 +1,2 @@
 #include "cpu/isa/avx2.h"
-
 #include "cpu/kernels/math.inl"

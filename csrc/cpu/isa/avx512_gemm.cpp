@@ -1,3 +1,2 @@
 #include "cpu/isa/avx512.h"
-
 #include "cpu/kernels/gemm_entry.inl"

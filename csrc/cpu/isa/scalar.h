@@ -1,4 +1,5 @@
-// Target: the baseline of the build: 16-byte vectors, no fused multiply-add. Included first by scalar_*.cpp; holds for the rest of the file.
+// Target: the baseline of the build: 16-byte vectors, no fused multiply-add. Included first by scalar_*.cpp; holds for
+// the rest of the file.
 #include "cpu/isa/standard.h"
 
 #define FASTLM_ISA_NAMESPACE scalar

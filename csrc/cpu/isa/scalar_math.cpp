@@ -1,3 +1,2 @@
 #include "cpu/isa/scalar.h"
-
 #include "cpu/kernels/math.inl"

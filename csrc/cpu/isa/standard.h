@@ -1,8 +1,11 @@
 // Every standard header that a kernel includes, before a target pragma is on: an inline function of theirs compiled
-// for a newer ISA could be the copy that the linker keeps for all. Nothing else is included by an ISA's files before it.
+// for a newer ISA could be the copy that the linker keeps for all. Nothing else is included by an ISA's files before
+// it.
 #pragma once
 
+#if defined(__x86_64__)
 #include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <atomic>

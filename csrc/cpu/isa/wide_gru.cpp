@@ -1,3 +1,2 @@
 #include "cpu/isa/wide.h"
-
 #include "cpu/kernels/gru.inl"

@@ -2,115 +2,17 @@
 //
 // B is packed into panels of kCols columns, [K][kCols] each; A is read in place where its rows are contiguous in k, and
 // packed [K][kTileRows] where they are not. A tile of up to kTileRows x kCols of C lives in registers over a block of
-// K, so B's panel comes from L1 or L2 and a broadcast element of A serves kTileVecs multiply-adds. Every element of C
-// is summed in ascending k within a block and block after block; neither the number of threads nor the place in a tile
-// changes the result. Where a problem has few rows in all, k is dealt to several accumulators to hide the latency.
+// K (tile.h), so B's panel comes from L1 or L2. Few rows against weights as a layer stores them skip packing (dot.inl).
 #pragma once
 
 #include <algorithm>
 
 #include "core/params.h"
-#include "cpu/simd/vec.h"
+#include "cpu/kernels/dot.inl"
+#include "cpu/kernels/tile.h"
 #include "cpu/team.h"
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
-
-constexpr int kTileRows = 6;
-constexpr int kTileVecs = FASTLM_VECTOR_BYTES == 64 ? 4 : 2;  // 24 of 32, or 12 of 16 registers accumulate
-
-template <class T>
-constexpr int64_t kCols = int64_t{kTileVecs} * Vec<T>::kLanes;
-template <class T>
-constexpr int64_t kBlockDepth = 2048 / sizeof(T);  // k per block: the panel and a tile of A fit in L1 and L2
-constexpr int64_t kBlockRows = 96;                 // rows of A worked on with one panel
-
-enum class Init { kZero, kBias, kAccumulate };
-
-template <class T>
-struct TileParams {
-  const T* a;           // first element of the tile's first row
-  int64_t a_row, a_k;   // strides of A between rows and between k
-  const T* panel;       // [depth][kCols] at panel_stride
-  int64_t panel_stride;
-  int64_t depth;
-  T* c;                 // (rows, kCols) at c_stride
-  int64_t c_stride;
-  Init init;
-  const T* bias;        // (kCols), read for Init::kBias only
-};
-
-// Rows R, with k dealt to P accumulators per element. kPacked says a_row is 1 (else a_k is 1): the compiler then folds
-// the strides into addresses.
-template <class T, int R, int P, bool kPacked>
-__attribute__((noinline)) void tile_product(const TileParams<T>& p) {
-  using V = Vec<T>;
-  V acc[P][R][kTileVecs];
-  for (int i = 0; i < P; ++i)
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kTileVecs; ++v) acc[i][r][v] = V::zero();
-  if (p.init == Init::kAccumulate)
-    for (int r = 0; r < R; ++r) __builtin_prefetch(p.c + r * p.c_stride, 1);
-
-  const T* a = p.a;
-  const T* panel = p.panel;
-  const auto step = [&](int i) FASTLM_LAMBDA_INLINE {
-    V b[kTileVecs];
-    for (int v = 0; v < kTileVecs; ++v) b[v] = V::load(panel + v * V::kLanes);
-    for (int r = 0; r < R; ++r) {
-      const V value = V::broadcast(kPacked ? a[r] : a[r * p.a_row]);
-      for (int v = 0; v < kTileVecs; ++v) acc[i][r][v] = fma(value, b[v], acc[i][r][v]);
-    }
-    a += kPacked ? p.a_k : 1;
-    panel += p.panel_stride;
-  };
-  int64_t k = 0;
-  constexpr int kUnroll = P > 4 ? P : 4;
-  for (; k + kUnroll <= p.depth; k += kUnroll)
-    for (int i = 0; i < kUnroll; ++i) step(i % P);
-  for (; k < p.depth; ++k) step(0);
-
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < kTileVecs; ++v) {
-      V sum = acc[0][r][v];
-      for (int i = 1; i < P; ++i) sum = sum + acc[i][r][v];
-      T* c = p.c + r * p.c_stride + v * V::kLanes;
-      if (p.init == Init::kAccumulate) sum = sum + V::load(c);
-      if (p.init == Init::kBias) sum = sum + V::load(p.bias + v * V::kLanes);
-      sum.store(c);
-    }
-}
-
-// Accumulators per element for a problem with `rows` rows of A in all (not per tile: see the note on bits above).
-constexpr int accumulators(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
-
-template <class T, bool kPacked>
-void run_tile(int rows, int deal, const TileParams<T>& p) {
-  using Tile = void (*)(const TileParams<T>&);
-  static constexpr Tile kSingle[] = {tile_product<T, 1, 1, kPacked>, tile_product<T, 2, 1, kPacked>,
-                                     tile_product<T, 3, 1, kPacked>, tile_product<T, 4, 1, kPacked>,
-                                     tile_product<T, 5, 1, kPacked>, tile_product<T, 6, 1, kPacked>};
-  static constexpr Tile kDouble[] = {tile_product<T, 1, 2, kPacked>, tile_product<T, 2, 2, kPacked>,
-                                     tile_product<T, 3, 2, kPacked>};
-  if (deal == 4) return tile_product<T, 1, 4, kPacked>(p);
-  (deal == 2 ? kDouble : kSingle)[rows - 1](p);
-}
-
-// C (rows, kCols) = init + A (rows, depth) * panel, with rows of A contiguous in k. `deal` = accumulators(all rows).
-template <class T>
-void panel_product(const T* a, int64_t a_stride, int64_t rows, const T* panel, int64_t panel_stride, int64_t depth,
-                   T* c, int64_t c_stride, Init init, const T* bias, int deal) {
-  const int64_t limit = deal == 1 ? kTileRows : deal == 2 ? 3 : 1;
-  const int64_t tiles = (rows + limit - 1) / limit;
-  for (int64_t k = 0; k < depth || k == 0; k += kBlockDepth<T>) {
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
-      run_tile<T, false>(static_cast<int>(end - begin), deal,
-                         {a + begin * a_stride + k, a_stride, 1, panel + k * panel_stride, panel_stride,
-                          std::min(kBlockDepth<T>, depth - k), c + begin * c_stride, c_stride,
-                          k == 0 ? init : Init::kAccumulate, bias});
-    }
-  }
-}
 
 // Panel [depth][kCols] of columns [0, cols) of B as stored (K, N): rows copied, missing columns zero.
 template <class T>
@@ -183,8 +85,16 @@ void block_times_panel(const GemmParams<T>& p, const T* a_tiles, int64_t begin, 
     const int rows = static_cast<int>(std::min(limit, end - m));
     T* c = p.c + m * p.c_stride + col;
     const bool whole = cols == kCols<T>;
-    TileParams<T> tile{nullptr, p.a_stride, 1, panel, kCols<T>, depth, whole ? c : edge, whole ? p.c_stride : kCols<T>,
-                       whole ? init : Init::kZero, nullptr};
+    TileParams<T> tile{nullptr,
+                       p.a_stride,
+                       1,
+                       panel,
+                       kCols<T>,
+                       depth,
+                       whole ? c : edge,
+                       whole ? p.c_stride : kCols<T>,
+                       whole ? init : Init::kZero,
+                       nullptr};
     if (p.a_transposed) {
       tile.a = a_tiles + (m - begin) * depth, tile.a_row = 1, tile.a_k = kTileRows;
       run_tile<T, true>(rows, 1, tile);
@@ -199,9 +109,23 @@ void block_times_panel(const GemmParams<T>& p, const T* a_tiles, int64_t begin, 
   }
 }
 
+// Up to this many rows, packing B costs more than it gives.
+constexpr int64_t kDirectRows = 48;
+
 // Run by every member. Ends without a barrier: whoever reads C from another member's part waits first.
 template <class T>
 void gemm(const GemmParams<T>& p, const GemmBuffers<T>& buffers, const Team& team) {
+  if (p.b_transposed && !p.a_transposed && p.m <= kDirectRows) {
+    const auto own = team.split(p.n, 8);
+    return dot_product<T>({p.a, p.a_stride, p.b + own.begin * p.b_stride, p.b_stride, own.end - own.begin, p.k,
+                           p.c + own.begin, p.c_stride, p.accumulate ? Init::kAccumulate : Init::kZero, nullptr},
+                          p.m);
+  }
+  if (p.k == 0 && !p.accumulate) {
+    const auto own = team.split(p.m);
+    for (int64_t m = own.begin; m < own.end; ++m) std::fill_n(p.c + m * p.c_stride, p.n, T(0));
+    return;
+  }
   const int64_t panels = (p.n + kCols<T> - 1) / kCols<T>;
   const bool split_rows = p.m >= 2 * kTileRows * team.size && (p.m >= p.n || panels < 2 * team.size);
   const auto rows = split_rows ? team.split(p.m, kTileRows) : Team::Range{0, p.m};

@@ -22,19 +22,21 @@ struct GruCell {
   static constexpr Run kStateRuns[] = {{kSlotReset, kReset, 2}, {kSlotNewState, kNew, 1}};
   static constexpr int kRuns = 2;
 
+  // to[u] = what units [unit, unit + n) of a slot start from.
   template <class T>
-  static T bias(const RecurrentForwardParams<T>& p, int slot, int64_t unit) {
-    const auto at = [&](const T* b, int gate) { return b ? b[gate * p.hidden + unit] : T(0); };
-    if (slot == kSlotNewState) return at(p.b_hh, kNew);
-    return slot == kSlotNewInput ? at(p.b_ih, kNew) : at(p.b_ih, slot) + at(p.b_hh, slot);
+  static void bias(const RecurrentForwardParams<T>& p, int slot, int64_t unit, int64_t n, T* to) {
+    const int gate = slot == kSlotNewState ? static_cast<int>(kNew) : slot;
+    const T* b_ih = p.b_ih && slot != kSlotNewState ? p.b_ih + gate * p.hidden + unit : nullptr;
+    const T* b_hh = p.b_hh && slot != kSlotNewInput ? p.b_hh + gate * p.hidden + unit : nullptr;
+    for (int64_t u = 0; u < n; ++u) to[u] = (b_ih ? b_ih[u] : T(0)) + (b_hh ? b_hh[u] : T(0));
   }
 
   template <class T>
   struct ForwardRow {
-    const T* slots;          // [slot][kCols]
+    const T* slots;  // [slot][kCols]
     const T* h;
-    T *h_new, *c, *output;   // c: no use here
-    T* reserve;              // columns at hidden apart, or null
+    T *h_new, *c, *output;  // c: no use here
+    T* reserve;             // columns at hidden apart, or null
     int64_t hidden;
   };
 
@@ -50,9 +52,8 @@ struct GruCell {
     h_new.store(row.h_new + u);
     h_new.store_partial(row.output + u, n);
     if (!row.reserve) return;
-    const auto keep = [&](int column, V value) FASTLM_LAMBDA_INLINE {
-      value.store_partial(row.reserve + column * row.hidden + u, n);
-    };
+    const auto keep = [&](int column, V value)
+                          FASTLM_LAMBDA_INLINE { value.store_partial(row.reserve + column * row.hidden + u, n); };
     keep(kKeptReset, r), keep(kKeptUpdate, z), keep(kKeptNew, candidate), keep(kKeptNewState, state);
     keep(kKeptGruHidden, h);
   }
@@ -61,17 +62,16 @@ struct GruCell {
   struct BackwardRow {
     const T* grad_output;  // or null
     const T* reserve;
-    T *dh, *dc;            // in: gradient of the state after the step; out: its part that bypasses the product
-    T* d_gates;            // [slot][H]
+    T *dh, *dc;  // in: gradient of the state after the step; out: its part that bypasses the product
+    T* d_gates;  // [slot][H]
     int64_t hidden;
   };
 
   template <class T>
   static FASTLM_INLINE void backward(const BackwardRow<T>& row, int64_t u, int64_t n) {
     using V = Vec<T>;
-    const auto kept = [&](int column) FASTLM_LAMBDA_INLINE {
-      return V::load_partial(row.reserve + column * row.hidden + u, n);
-    };
+    const auto kept = [&](int column)
+                          FASTLM_LAMBDA_INLINE { return V::load_partial(row.reserve + column * row.hidden + u, n); };
     const V r = kept(kKeptReset), z = kept(kKeptUpdate), candidate = kept(kKeptNew), one = V::broadcast(1);
     V grad = V::load(row.dh + u);
     if (row.grad_output) grad = grad + V::load_partial(row.grad_output + u, n);
@@ -79,15 +79,15 @@ struct GruCell {
     const V d_new = grad * keep * fnma(candidate, candidate, one);
     const V d_update = grad * (kept(kKeptGruHidden) - candidate) * (z * keep);
     const V d_reset = d_new * kept(kKeptNewState) * (r * (one - r));
-    const auto put = [&](int slot, V value) FASTLM_LAMBDA_INLINE {
-      value.store_partial(row.d_gates + slot * row.hidden + u, n);
-    };
+    const auto put = [&](int slot, V value)
+                         FASTLM_LAMBDA_INLINE { value.store_partial(row.d_gates + slot * row.hidden + u, n); };
     put(kSlotReset, d_reset), put(kSlotUpdate, d_update), put(kSlotNewInput, d_new), put(kSlotNewState, d_new * r);
     (grad * z).store(row.dh + u);
   }
 };
 
 extern const RecurrentKernels<float> kGruFloat{recurrent_forward<float, GruCell>, recurrent_backward<float, GruCell>};
-extern const RecurrentKernels<double> kGruDouble{recurrent_forward<double, GruCell>, recurrent_backward<double, GruCell>};
+extern const RecurrentKernels<double> kGruDouble{recurrent_forward<double, GruCell>,
+                                                 recurrent_backward<double, GruCell>};
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

@@ -20,18 +20,19 @@ struct LstmCell {
   static constexpr Run kStateRuns[] = {{0, 0, kGates}};
   static constexpr int kRuns = 1;
 
+  // to[u] = what units [unit, unit + n) of a slot start from.
   template <class T>
-  static T bias(const RecurrentForwardParams<T>& p, int slot, int64_t unit) {
-    const int64_t i = slot * p.hidden + unit;
-    return (p.b_ih ? p.b_ih[i] : T(0)) + (p.b_hh ? p.b_hh[i] : T(0));
+  static void bias(const RecurrentForwardParams<T>& p, int slot, int64_t unit, int64_t n, T* to) {
+    const int64_t first = slot * p.hidden + unit;
+    for (int64_t u = 0; u < n; ++u) to[u] = (p.b_ih ? p.b_ih[first + u] : T(0)) + (p.b_hh ? p.b_hh[first + u] : T(0));
   }
 
   template <class T>
   struct ForwardRow {
-    const T* slots;          // [slot][kCols]
+    const T* slots;  // [slot][kCols]
     const T* h;
-    T *h_new, *c, *output;   // c: in and out
-    T* reserve;              // columns at hidden apart, or null
+    T *h_new, *c, *output;  // c: in and out
+    T* reserve;             // columns at hidden apart, or null
     int64_t hidden;
   };
 
@@ -48,9 +49,8 @@ struct LstmCell {
     h_new.store(row.h_new + u);
     h_new.store_partial(row.output + u, n);
     if (!row.reserve) return;
-    const auto keep = [&](int column, V value) FASTLM_LAMBDA_INLINE {
-      value.store_partial(row.reserve + column * row.hidden + u, n);
-    };
+    const auto keep = [&](int column, V value)
+                          FASTLM_LAMBDA_INLINE { value.store_partial(row.reserve + column * row.hidden + u, n); };
     keep(kInput, i), keep(kForget, f), keep(kCell, g), keep(kOutput, o), keep(kKeptCell, c);
     keep(kKeptLstmHidden, V::load(row.h + u));
   }
@@ -59,25 +59,23 @@ struct LstmCell {
   struct BackwardRow {
     const T* grad_output;  // or null
     const T* reserve;
-    T *dh, *dc;            // in: gradients of the states after the step; out: dc of the state before
-    T* d_gates;            // [slot][H]
+    T *dh, *dc;  // in: gradients of the states after the step; out: dc of the state before
+    T* d_gates;  // [slot][H]
     int64_t hidden;
   };
 
   template <class T>
   static FASTLM_INLINE void backward(const BackwardRow<T>& row, int64_t u, int64_t n) {
     using V = Vec<T>;
-    const auto kept = [&](int column) FASTLM_LAMBDA_INLINE {
-      return V::load_partial(row.reserve + column * row.hidden + u, n);
-    };
+    const auto kept = [&](int column)
+                          FASTLM_LAMBDA_INLINE { return V::load_partial(row.reserve + column * row.hidden + u, n); };
     const V i = kept(kInput), f = kept(kForget), g = kept(kCell), o = kept(kOutput), c = kept(kKeptCell);
     const V one = V::broadcast(1), tanh_c = tanh(fma(f, c, i * g));
     V grad = V::load(row.dh + u);
     if (row.grad_output) grad = grad + V::load_partial(row.grad_output + u, n);
     const V d_c = fma(grad * o, fnma(tanh_c, tanh_c, one), V::load(row.dc + u));
-    const auto put = [&](int slot, V value) FASTLM_LAMBDA_INLINE {
-      value.store_partial(row.d_gates + slot * row.hidden + u, n);
-    };
+    const auto put = [&](int slot, V value)
+                         FASTLM_LAMBDA_INLINE { value.store_partial(row.d_gates + slot * row.hidden + u, n); };
     put(kInput, d_c * g * (i * (one - i)));
     put(kForget, d_c * c * (f * (one - f)));
     put(kCell, d_c * i * fnma(g, g, one));
@@ -86,7 +84,9 @@ struct LstmCell {
   }
 };
 
-extern const RecurrentKernels<float> kLstmFloat{recurrent_forward<float, LstmCell>, recurrent_backward<float, LstmCell>};
-extern const RecurrentKernels<double> kLstmDouble{recurrent_forward<double, LstmCell>, recurrent_backward<double, LstmCell>};
+extern const RecurrentKernels<float> kLstmFloat{recurrent_forward<float, LstmCell>,
+                                                recurrent_backward<float, LstmCell>};
+extern const RecurrentKernels<double> kLstmDouble{recurrent_forward<double, LstmCell>,
+                                                  recurrent_backward<double, LstmCell>};
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

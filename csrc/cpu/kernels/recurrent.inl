@@ -39,7 +39,7 @@ struct ForwardBuffers {
   T* panels_ih;  // [block][gate][I][kCols]
   T* panels_hh;  // [block][gate][H][kCols]
   T* bias;       // [block][slot][kCols]: what a slot starts from
-  T* gates;      // [step of the chunk][block][B][slot][kCols]
+  T* gates;      // [block][time within the chunk][B][slot][kCols]
   T* h[2];       // (B, padded H): state before and after a step
   T* c;          // (B, padded H)
 
@@ -47,9 +47,11 @@ struct ForwardBuffers {
   static ForwardBuffers take(Workspace& workspace, const RecurrentForwardParams<T>& p, const RecurrentPlan& plan) {
     const RecurrentSizes<T> sizes(p.hidden);
     const int64_t state = p.batch * padded<T>(p.hidden);
-    ForwardBuffers buffers;
-    buffers.panels_ih = workspace.take<T>(sizes.blocks * Cell::kGates * p.input_size * kCols<T>);
-    buffers.panels_hh = workspace.take<T>(sizes.blocks * Cell::kGates * p.hidden * kCols<T>);
+    ForwardBuffers buffers{};
+    if (!plan.direct) {
+      buffers.panels_ih = workspace.take<T>(sizes.blocks * Cell::kGates * p.input_size * kCols<T>);
+      buffers.panels_hh = workspace.take<T>(sizes.blocks * Cell::kGates * p.hidden * kCols<T>);
+    }
     buffers.bias = workspace.take<T>(sizes.blocks * sizes.slots_width);
     buffers.gates = workspace.take<T>(plan.forward_chunk * sizes.blocks * p.batch * sizes.slots_width);
     for (auto& h : buffers.h) h = workspace.take<T>(state);
@@ -63,21 +65,27 @@ class ForwardPass {
  public:
   ForwardPass(const RecurrentForwardParams<T>& p, const RecurrentPlan& plan, const ForwardBuffers<T>& buffers,
               const Team& team)
-      : p_(p), plan_(plan), buffers_(buffers), team_(team), sizes_(p.hidden),
+      : p_(p),
+        plan_(plan),
+        buffers_(buffers),
+        team_(team),
+        sizes_(p.hidden),
         rows_(plan.split_batch ? team.split(p.batch) : Team::Range{0, p.batch}),
         blocks_(plan.split_batch ? Team::Range{0, sizes_.blocks} : team.split(sizes_.blocks)),
         stride_(padded<T>(p.hidden)) {}
 
   void run() {
-    pack_weights();
+    if (!plan_.direct) pack_weights();
+    start_bias();
     start_state();
     team_.barrier();
     for (int64_t first = 0; first < p_.seq_len; first += plan_.forward_chunk) {
       const int64_t last = std::min(p_.seq_len, first + plan_.forward_chunk);
-      project_input(first, last);
+      const int64_t t0 = p_.reverse ? p_.seq_len - last : first;
+      project_input(t0, last - first);
       for (int64_t step = first; step < last; ++step) {
-        recurrent_step(step, step - first);
-        if (!plan_.split_batch) team_.barrier();
+        recurrent_step(step, time(step) - t0);
+        if (!plan_.split_batch && step + 1 < p_.seq_len) team_.barrier();
       }
     }
     finish_state();
@@ -85,12 +93,11 @@ class ForwardPass {
 
  private:
   int64_t time(int64_t step) const { return p_.reverse ? p_.seq_len - 1 - step : step; }
-  T* gates(int64_t chunk_step, int64_t block) const {
-    return buffers_.gates + (chunk_step * sizes_.blocks + block) * p_.batch * sizes_.slots_width;
+  // The slots of a block at a time within the chunk, from row b of the batch on.
+  T* slots(int64_t block, int64_t chunk_time, int64_t b) const {
+    return buffers_.gates + ((block * plan_.forward_chunk + chunk_time) * p_.batch + b) * sizes_.slots_width;
   }
-  const T* bias(int64_t block, int slot) const {
-    return buffers_.bias + block * sizes_.slots_width + slot * kCols<T>;
-  }
+  const T* bias(int64_t block, int slot) const { return buffers_.bias + block * sizes_.slots_width + slot * kCols<T>; }
   int64_t units_of(int64_t block) const { return std::min(kCols<T>, p_.hidden - block * kCols<T>); }
 
   void pack_weights() {
@@ -103,12 +110,15 @@ class ForwardPass {
       pack_transposed(p_.w_hh + row * p_.hidden, p_.hidden, p_.hidden, units,
                       buffers_.panels_hh + i * p_.hidden * kCols<T>);
     }
-    const auto own = team_.split(sizes_.blocks);
-    for (int64_t block = own.begin; block < own.end; ++block)
-      for (int slot = 0; slot < kSlots; ++slot)
-        for (int64_t u = 0; u < kCols<T>; ++u)
-          buffers_.bias[block * sizes_.slots_width + slot * kCols<T> + u] =
-              u < units_of(block) ? Cell::template bias<T>(p_, slot, block * kCols<T> + u) : T(0);
+  }
+
+  void start_bias() {
+    for (int64_t block = blocks_.begin; block < blocks_.end; ++block)
+      for (int slot = 0; slot < kSlots; ++slot) {
+        T* to = buffers_.bias + block * sizes_.slots_width + slot * kCols<T>;
+        Cell::bias(p_, slot, block * kCols<T>, units_of(block), to);
+        std::fill(to + units_of(block), to + kCols<T>, T(0));
+      }
   }
 
   void start_state() {
@@ -120,39 +130,49 @@ class ForwardPass {
       }
   }
 
-  void project_input(int64_t first, int64_t last) {
+  // slots (rows) = init + a (rows, depth) times the weights of one block and gate, packed or in place.
+  void product(const T* a, int64_t a_stride, int64_t rows, const T* panels, const T* weights, int64_t depth,
+               int64_t block, int gate, T* slots, Init init, const T* bias, int deal) {
+    if (plan_.direct)
+      dot_product<T>({a, a_stride, weights + (gate * p_.hidden + block * kCols<T>)*depth, depth, units_of(block), depth,
+                      slots, sizes_.slots_width, init, bias},
+                     rows);
+    else
+      panel_product(a, a_stride, rows, panels + (block * Cell::kGates + gate) * depth * kCols<T>, kCols<T>, depth,
+                    slots, sizes_.slots_width, init, bias, deal);
+  }
+
+  // Rows of all steps at once where this member has the whole batch, else step by step.
+  void project_input(int64_t t0, int64_t steps) {
+    const bool whole = rows_.end - rows_.begin == p_.batch;
+    const int64_t rows = whole ? steps * p_.batch : rows_.end - rows_.begin;
     const int deal = accumulators(p_.seq_len * p_.batch);
     for (int64_t block = blocks_.begin; block < blocks_.end; ++block)
-      for (int gate = 0; gate < Cell::kGates; ++gate)
-        for (int64_t step = first; step < last; ++step)
-          panel_product(p_.x + (time(step) * p_.batch + rows_.begin) * p_.input_size, p_.input_size,
-                        rows_.end - rows_.begin,
-                        buffers_.panels_ih + (block * Cell::kGates + gate) * p_.input_size * kCols<T>, kCols<T>,
-                        p_.input_size, slot_of(step - first, block, Cell::input_slot(gate)), sizes_.slots_width,
-                        Init::kBias, bias(block, Cell::input_slot(gate)), deal);
+      for (int gate = 0; gate < Cell::kGates; ++gate) {
+        const int slot = Cell::input_slot(gate);
+        for (int64_t t = 0; t < (whole ? 1 : steps); ++t)
+          product(p_.x + ((t0 + t) * p_.batch + rows_.begin) * p_.input_size, p_.input_size, rows, buffers_.panels_ih,
+                  p_.w_ih, p_.input_size, block, gate, slots(block, t, rows_.begin) + slot * kCols<T>, Init::kBias,
+                  bias(block, slot), deal);
+      }
   }
 
-  T* slot_of(int64_t chunk_step, int64_t block, int slot) const {
-    return gates(chunk_step, block) + rows_.begin * sizes_.slots_width + slot * kCols<T>;
-  }
-
-  void recurrent_step(int64_t step, int64_t chunk_step) {
+  void recurrent_step(int64_t step, int64_t chunk_time) {
     const T* h = buffers_.h[step % 2];
     T* h_new = buffers_.h[(step + 1) % 2];
     const int deal = accumulators(p_.batch);
     for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
       for (int gate = 0; gate < Cell::kGates; ++gate) {
         const int slot = Cell::state_slot(gate);
-        panel_product(h + rows_.begin * stride_, stride_, rows_.end - rows_.begin,
-                      buffers_.panels_hh + (block * Cell::kGates + gate) * p_.hidden * kCols<T>, kCols<T>, p_.hidden,
-                      slot_of(chunk_step, block, slot), sizes_.slots_width,
-                      slot == Cell::input_slot(gate) ? Init::kAccumulate : Init::kBias, bias(block, slot), deal);
+        product(h + rows_.begin * stride_, stride_, rows_.end - rows_.begin, buffers_.panels_hh, p_.w_hh, p_.hidden,
+                block, gate, slots(block, chunk_time, rows_.begin) + slot * kCols<T>,
+                slot == Cell::input_slot(gate) ? Init::kAccumulate : Init::kBias, bias(block, slot), deal);
       }
       const int64_t unit = block * kCols<T>;
       for (int64_t b = rows_.begin; b < rows_.end; ++b) {
         const int64_t row = time(step) * p_.batch + b;
-        activate({gates(chunk_step, block) + b * sizes_.slots_width, h + b * stride_ + unit,
-                  h_new + b * stride_ + unit, buffers_.c + b * stride_ + unit, p_.output + row * p_.hidden + unit,
+        activate({slots(block, chunk_time, b), h + b * stride_ + unit, h_new + b * stride_ + unit,
+                  buffers_.c + b * stride_ + unit, p_.output + row * p_.hidden + unit,
                   p_.reserve ? p_.reserve + row * Cell::kReserve * p_.hidden + unit : nullptr, p_.hidden},
                  units_of(block));
       }
@@ -186,12 +206,12 @@ class ForwardPass {
 
 template <class T>
 struct BackwardBuffers {
-  T* panels_hh;    // [block][G*H][kCols]
-  T* panels_ih;    // [panel of I][G*H][kCols]
-  T* d_gates;      // [step of the chunk][B](4H, padded)
-  T* dh;           // (B, padded H): gradient carried to the step before
-  T* dc;           // (B, padded H)
-  T* edge;         // per member: kBlockRows x kCols
+  T* panels_hh;  // [block][G*H][kCols]
+  T* panels_ih;  // [panel of I][G*H][kCols]
+  T* d_gates;    // [step of the chunk][B](4H, padded)
+  T* dh;         // (B, padded H): gradient carried to the step before
+  T* dc;         // (B, padded H)
+  T* edge;       // per member: kBlockRows x kCols
   GemmBuffers<T> gemm_ih, gemm_hh;
 
   template <class Cell>
@@ -217,10 +237,15 @@ class BackwardPass {
  public:
   BackwardPass(const RecurrentBackwardParams<T>& p, const RecurrentPlan& plan, const BackwardBuffers<T>& buffers,
                const Team& team)
-      : p_(p), plan_(plan), buffers_(buffers), team_(team), sizes_(p.hidden),
+      : p_(p),
+        plan_(plan),
+        buffers_(buffers),
+        team_(team),
+        sizes_(p.hidden),
         rows_(plan.split_batch ? team.split(p.batch) : Team::Range{0, p.batch}),
         blocks_(plan.split_batch ? Team::Range{0, sizes_.blocks} : team.split(sizes_.blocks)),
-        stride_(padded<T>(p.hidden)), gates_stride_(padded<T>(kSlots * p.hidden)) {}
+        stride_(padded<T>(p.hidden)),
+        gates_stride_(padded<T>(kSlots * p.hidden)) {}
 
   void run() {
     pack_weights();
@@ -247,13 +272,25 @@ class BackwardPass {
   int64_t units_of(int64_t block) const { return std::min(kCols<T>, p_.hidden - block * kCols<T>); }
   T* d_gates(int64_t chunk_row) const { return buffers_.d_gates + chunk_row * gates_stride_; }
 
+  // Columns [panel * kCols, + kCols) of weights (G*H, width): in place where few rows make packing a loss.
+  struct Panel {
+    const T* data;
+    int64_t stride;
+  };
+  bool in_place(int64_t width, int64_t panel) const { return plan_.direct && (panel + 1) * kCols<T> <= width; }
+  Panel panel(const T* packed, const T* weights, int64_t width, int64_t panel) const {
+    if (in_place(width, panel)) return {weights + panel * kCols<T>, width};
+    return {packed + panel * Cell::kGates * p_.hidden * kCols<T>, kCols<T>};
+  }
+
   void pack_weights() {
     const int64_t gates = Cell::kGates * p_.hidden;
     const auto pack = [&](const T* weights, int64_t width, T* panels) {
       const auto range = team_.split((width + kCols<T> - 1) / kCols<T>);
       for (int64_t i = range.begin; i < range.end; ++i)
-        pack_rows(weights + i * kCols<T>, width, gates, std::min(kCols<T>, width - i * kCols<T>),
-                  panels + i * gates * kCols<T>);
+        if (!in_place(width, i))
+          pack_rows(weights + i * kCols<T>, width, gates, std::min(kCols<T>, width - i * kCols<T>),
+                    panels + i * gates * kCols<T>);
     };
     pack(p_.w_hh, p_.hidden, buffers_.panels_hh);
     if (p_.grad_x) pack(p_.w_ih, p_.input_size, buffers_.panels_ih);
@@ -272,10 +309,10 @@ class BackwardPass {
     const int64_t begin = blocks_.begin * kCols<T>, end = std::min(p_.hidden, blocks_.end * kCols<T>);
     for (int64_t b = rows_.begin; b < rows_.end; ++b) {
       const int64_t row = time(step) * p_.batch + b;
-      differentiate({p_.grad_output ? p_.grad_output + row * p_.hidden : nullptr,
-                     p_.reserve + row * Cell::kReserve * p_.hidden, buffers_.dh + b * stride_,
-                     buffers_.dc + b * stride_, d_gates(chunk_time * p_.batch + b), p_.hidden},
-                    begin, end);
+      differentiate(
+          {p_.grad_output ? p_.grad_output + row * p_.hidden : nullptr, p_.reserve + row * Cell::kReserve * p_.hidden,
+           buffers_.dh + b * stride_, buffers_.dc + b * stride_, d_gates(chunk_time * p_.batch + b), p_.hidden},
+          begin, end);
     }
     if (!plan_.split_batch) team_.barrier();
     if (step == 0 && !p_.grad_h0) return;
@@ -283,13 +320,13 @@ class BackwardPass {
     const int deal = accumulators(p_.batch);
     for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
       T* dh = buffers_.dh + rows_.begin * stride_ + block * kCols<T>;
-      const T* panel = buffers_.panels_hh + block * Cell::kGates * p_.hidden * kCols<T>;
+      const auto panel = this->panel(buffers_.panels_hh, p_.w_hh, p_.hidden, block);
       for (int i = 0; i < Cell::kRuns; ++i) {
         const auto run = Cell::kStateRuns[i];
         panel_product(a + run.slot * p_.hidden, gates_stride_, rows_.end - rows_.begin,
-                      panel + run.gate * p_.hidden * kCols<T>, kCols<T>, run.count * p_.hidden, dh, stride_,
-                      i == 0 && !Cell::kCarriesHidden ? Init::kZero : Init::kAccumulate, static_cast<const T*>(nullptr),
-                      deal);
+                      panel.data + run.gate * p_.hidden * panel.stride, panel.stride, run.count * p_.hidden, dh,
+                      stride_, i == 0 && !Cell::kCarriesHidden ? Init::kZero : Init::kAccumulate,
+                      static_cast<const T*>(nullptr), deal);
       }
     }
   }
@@ -313,9 +350,10 @@ class BackwardPass {
         const int64_t cols = std::min(kCols<T>, p_.input_size - col);
         const bool whole = cols == kCols<T>;
         T* c = grad_x + m * p_.input_size + col;
-        panel_product(static_cast<const T*>(d_gates(m)), gates_stride_, count, buffers_.panels_ih + col * depth,
-                      kCols<T>, depth, whole ? c : edge, whole ? p_.input_size : kCols<T>, Init::kZero,
-                      static_cast<const T*>(nullptr), deal);
+        const auto panel = this->panel(buffers_.panels_ih, p_.w_ih, p_.input_size, col / kCols<T>);
+        panel_product(static_cast<const T*>(d_gates(m)), gates_stride_, count, panel.data, panel.stride, depth,
+                      whole ? c : edge, whole ? p_.input_size : kCols<T>, Init::kZero, static_cast<const T*>(nullptr),
+                      deal);
         if (!whole)
           for (int64_t r = 0; r < count; ++r) std::copy_n(edge + r * kCols<T>, cols, c + r * p_.input_size);
       }
@@ -337,8 +375,7 @@ class BackwardPass {
     if (!p_.grad_w_hh) return;
     for (const auto& run : Cell::kStateRuns)
       product(run.slot, run.count, p_.reserve + (row * Cell::kReserve + Cell::kHiddenKept) * p_.hidden,
-              Cell::kReserve * p_.hidden, p_.hidden, p_.grad_w_hh + run.gate * p_.hidden * p_.hidden,
-              buffers_.gemm_hh);
+              Cell::kReserve * p_.hidden, p_.hidden, p_.grad_w_hh + run.gate * p_.hidden * p_.hidden, buffers_.gemm_hh);
   }
 
   void bias_gradients(int64_t steps, bool accumulate) {
@@ -348,15 +385,23 @@ class BackwardPass {
     }
   }
 
-  // Sum over the chunk's rows in order of time, of this member's share of a slot's columns.
+  // Sum over the chunk's rows, of this member's share of a slot's columns; in blocks, for accuracy over many rows.
   void column_sum(int64_t steps, int slot, T* sums, bool accumulate) {
     using V = Vec<T>;
+    constexpr int64_t kBlock = 32;
+    const int64_t rows = steps * p_.batch;
     const auto own = team_.split(p_.hidden, V::kLanes);
     for (int64_t u = own.begin; u < own.end; u += V::kLanes) {
       const int64_t n = std::min<int64_t>(V::kLanes, own.end - u);
-      V sum = accumulate ? V::load_partial(sums + u, n) : V::zero();
-      for (int64_t row = 0; row < steps * p_.batch; ++row) sum = sum + V::load(d_gates(row) + slot * p_.hidden + u);
-      sum.store_partial(sums + u, n);
+      V total = V::zero();
+      for (int64_t row = 0; row < rows;) {
+        V block = V::zero();
+        for (const int64_t end = std::min(rows, row + kBlock); row < end; ++row)
+          block = block + V::load(d_gates(row) + slot * p_.hidden + u);
+        total = total + block;
+      }
+      if (accumulate) total = total + V::load_partial(sums + u, n);
+      total.store_partial(sums + u, n);
     }
   }
 
@@ -364,9 +409,11 @@ class BackwardPass {
     const int64_t begin = blocks_.begin * kCols<T>, end = std::min(p_.hidden, blocks_.end * kCols<T>);
     for (int64_t b = rows_.begin; b < rows_.end; ++b) {
       if (p_.grad_h0)
-        std::copy(buffers_.dh + b * stride_ + begin, buffers_.dh + b * stride_ + end, p_.grad_h0 + b * p_.hidden + begin);
+        std::copy(buffers_.dh + b * stride_ + begin, buffers_.dh + b * stride_ + end,
+                  p_.grad_h0 + b * p_.hidden + begin);
       if (p_.grad_c0)
-        std::copy(buffers_.dc + b * stride_ + begin, buffers_.dc + b * stride_ + end, p_.grad_c0 + b * p_.hidden + begin);
+        std::copy(buffers_.dc + b * stride_ + begin, buffers_.dc + b * stride_ + end,
+                  p_.grad_c0 + b * p_.hidden + begin);
     }
   }
 
@@ -380,8 +427,7 @@ class BackwardPass {
 };
 
 template <class T, class Cell>
-void recurrent_forward(const RecurrentForwardParams<T>& p, const RecurrentPlan& plan,
-                       ParallelFor parallel_for) {
+void recurrent_forward(const RecurrentForwardParams<T>& p, const RecurrentPlan& plan, ParallelFor parallel_for) {
   Workspace workspace;
   ForwardBuffers<T>::template take<Cell>(workspace, p, plan);
   workspace.allocate();
@@ -391,8 +437,7 @@ void recurrent_forward(const RecurrentForwardParams<T>& p, const RecurrentPlan& 
 }
 
 template <class T, class Cell>
-void recurrent_backward(const RecurrentBackwardParams<T>& p, const RecurrentPlan& plan,
-                        ParallelFor parallel_for) {
+void recurrent_backward(const RecurrentBackwardParams<T>& p, const RecurrentPlan& plan, ParallelFor parallel_for) {
   Workspace workspace;
   BackwardBuffers<T>::template take<Cell>(workspace, p, plan);
   workspace.allocate();

@@ -14,7 +14,7 @@ struct ExpConstants;
 
 template <>
 struct ExpConstants<float> {
-  static constexpr float kLow = -88.02969f, kHigh = 88.9f;  // n = -127 gives 2^n = 0, n = 128 gives inf
+  static constexpr float kLow = -88.02969f, kHigh = 88.9f;  // exp is 0 below, +inf above
   static constexpr float kLog2e = 1.44269504088896341f;
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   static constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
@@ -39,7 +39,7 @@ struct ExpConstants<double> {
 
 template <class T>
 struct ExpParts {
-  Vec<T> scale, q;  // exp(x) = scale (1 + q)
+  Vec<T> n, q;  // exp(x) = 2^n (1 + q)
 };
 
 // x must lie within [kLow, kHigh].
@@ -47,21 +47,31 @@ template <class T>
 FASTLM_INLINE ExpParts<T> exp_parts(Vec<T> x) {
   using V = Vec<T>;
   using C = ExpConstants<T>;
-  const V shifted = fma(x, V::broadcast(C::kLog2e), V::broadcast(C::kRound));
-  const V n = shifted - V::broadcast(C::kRound);
+  const V n = fma(x, V::broadcast(C::kLog2e), V::broadcast(C::kRound)) - V::broadcast(C::kRound);
   V r = fnma(n, V::broadcast(C::kLn2High), x);
   r = fnma(n, V::broadcast(C::kLn2Low), r);
   V p = V::broadcast(C::kPoly[0]);
   for (size_t i = 1; i < sizeof(C::kPoly) / sizeof(T); ++i) p = fma(p, r, V::broadcast(C::kPoly[i]));
-  const V q = fma(p * r, r, r);
-  const auto bits = ((typename V::RawInt)shifted.raw + C::kBias) << C::kMantissa;
-  return {{(typename V::Raw)bits}, q};
+  return {n, fma(p * r, r, r)};
+}
+
+// 2^n for a whole n up to kBias; 0 for n = -kBias.
+template <class T>
+FASTLM_INLINE Vec<T> power_of_two(Vec<T> n) {
+  using C = ExpConstants<T>;
+  const auto bits = (typename Vec<T>::RawInt)(n + Vec<T>::broadcast(C::kRound)).raw;
+  return {(typename Vec<T>::Raw)((bits + C::kBias) << C::kMantissa)};
 }
 
 template <class T>
 FASTLM_INLINE Vec<T> exp(Vec<T> x) {
-  const auto parts = exp_parts(clamp(x, ExpConstants<T>::kLow, ExpConstants<T>::kHigh));
-  return fma(parts.scale, parts.q, parts.scale);
+  using V = Vec<T>;
+  using C = ExpConstants<T>;
+  const auto parts = exp_parts(clamp(x, C::kLow, C::kHigh));
+  // The last octave below overflow has n = kBias + 1, whose power is no longer finite: the excess of one goes to 1 + q.
+  const V capped = clamp(parts.n, static_cast<T>(-C::kBias), static_cast<T>(C::kBias));
+  const V p = V::broadcast(1) + parts.q;
+  return fma(p, parts.n - capped, p) * power_of_two(capped);
 }
 
 template <class T>
@@ -75,7 +85,8 @@ FASTLM_INLINE Vec<T> tanh(Vec<T> x) {
   const auto limit = ExpConstants<T>::kTanhLimit;
   const auto y = clamp(x, -limit, limit);
   const auto parts = exp_parts(y + y);
-  const auto expm1 = fma(parts.scale, parts.q, parts.scale - Vec<T>::broadcast(1));
+  const auto scale = power_of_two(parts.n);
+  const auto expm1 = fma(scale, parts.q, scale - Vec<T>::broadcast(1));
   return expm1 / (expm1 + Vec<T>::broadcast(2));
 }
 

@@ -1,13 +1,15 @@
 // One SIMD vector of T for the ISA that this translation unit is compiled for, and what it can do.
 //
 // The width comes from FASTLM_VECTOR_BYTES (16 scalar baseline, 32 AVX2, 64 AVX-512), set by csrc/cpu/isa/*.cpp beside
-// the target pragma, with FASTLM_FMA_BYTES, the width of its fused multiply-add (0: none). Arithmetic is the compiler's vector extension, so one source serves every width, also a width
-// wider than the target's registers (how the 64-byte geometry is tested without AVX-512). Contraction is off in the
-// build: a fused multiply-add happens where fma() is written and nowhere else, so results cannot differ between two
-// instantiations of the same formula.
+// the target pragma, with FASTLM_FMA_BYTES, the width of its fused multiply-add (0: none). Arithmetic is the compiler's
+// vector extension, so one source serves every width, also a width wider than the target's registers (how the 64-byte
+// geometry is tested without AVX-512). Contraction is off in the build: a fused multiply-add happens where fma() is
+// written and nowhere else, so results cannot differ between two instantiations of the same formula.
 #pragma once
 
+#if defined(__x86_64__)
 #include <immintrin.h>
+#endif
 
 #include <cstdint>
 #include <cstring>
@@ -113,14 +115,34 @@ FASTLM_INLINE Vec<T> clamp(Vec<T> x, T low, T high) {
   return {above > hi ? hi : above};
 }
 
-// Sum of all lanes by halving, the same tree on every call.
+// The lanes of x added up 16 bytes over 16 bytes.
 template <class T>
-FASTLM_INLINE T horizontal_sum(Vec<T> x) {
-  T lanes[Vec<T>::kLanes];
-  x.store(lanes);
-  for (int width = Vec<T>::kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+struct Quad {
+  typedef T type __attribute__((vector_size(16)));
+};
+template <class T>
+FASTLM_INLINE typename Quad<T>::type fold(Vec<T> x) {
+  constexpr int kQuads = FASTLM_VECTOR_BYTES / 16;
+  typename Quad<T>::type quads[kQuads];
+  memcpy(quads, &x, sizeof(x));
+  for (int width = kQuads / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) quads[i] += quads[i + width];
+  return quads[0];
+}
+
+// to[i] = sum of all lanes of x[i], for four vectors at once.
+FASTLM_INLINE void horizontal_sums(const Vec<float>* x, float* to) {
+  const auto a = fold(x[0]), b = fold(x[1]), c = fold(x[2]), d = fold(x[3]);
+  const auto ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const auto cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  const auto sums = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  memcpy(to, &sums, sizeof(sums));
+}
+FASTLM_INLINE void horizontal_sums(const Vec<double>* x, double* to) {
+  for (int i = 0; i < 4; ++i) {
+    const auto pair = fold(x[i]);
+    to[i] = pair[0] + pair[1];
+  }
 }
 
 #if FASTLM_FMA_BYTES >= 32

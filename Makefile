@@ -1,0 +1,62 @@
+# Every target makes the virtual environment .venv and installs what it needs; what is up to date is not done again.
+#   make demo TORCH=torch==2.14.1 PYTHON=python3.12    on a fresh .venv, to choose another torch or Python
+#   make clean && FASTLM_PURE=1 make test              without compiled kernels
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+
+CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl')
+
+.PHONY: help demo test test-full bench lint clean distclean
+help:
+	@echo "make demo       train the same model with torch.nn.GRU and with fastlm and compare (under 4 minutes)"
+	@echo "make test       the tests"
+	@echo "make test-full  the tests on the full grid of shapes and options"
+	@echo "make bench      the benchmarks; writes benchmarks/results and the tables in README.md"
+	@echo "make lint       ruff, mypy and clang-format"
+	@echo "make clean      removes what was built; make distclean also .venv"
+
+demo: $(VENV)/.kernels
+	$(BIN)/python -m fastlm.demo
+
+test: $(VENV)/.kernels
+	$(BIN)/python -m pytest
+
+test-full: $(VENV)/.kernels
+	FASTLM_TEST_FULL=1 $(BIN)/python -m pytest
+
+bench: $(VENV)/.kernels
+	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/report.py --readme README.md --plot benchmarks/results/recurrent.png
+
+lint: $(VENV)/.package
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+clean:
+	rm -rf build dist *.egg-info fastlm/*.so $(VENV)/.kernels .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find fastlm tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
+
+# torch comes first and from its own line, so that nothing below can choose another.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(TORCH)
+	$(BIN)/pip install "setuptools>=77" wheel ninja pybind11
+	touch $@
+
+# Installs a link to this folder, nothing is compiled; CONTRIBUTING.md says why the two are apart.
+$(VENV)/.package: $(VENV)/.torch pyproject.toml
+	FASTLM_PURE=1 $(BIN)/pip install --no-build-isolation -e '.[demo,test,lint,bench]'
+	touch $@
+
+# Compiles into this folder; ninja compiles again only what changed.
+$(VENV)/.kernels: $(VENV)/.package setup.py $(CXX_SOURCES)
+	$(BIN)/python setup.py build_ext --inplace
+	touch $@

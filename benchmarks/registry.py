@@ -1,0 +1,284 @@
+"""Every workload: a torch module with its inputs, and the work it counts as.
+
+Names: b(batch)_t(seq_len)_(hidden); the input has the hidden size unless i(input)_h(hidden) is given. A recurrent layer
+counts 2 T B G H (I + H) flops per layer and direction, G = 3 (GRU) or 4 (LSTM) gates, and three times that in training;
+element-wise work, embeddings and losses count nothing. All layers are time-major, (T, B, I).
+"""
+
+# An override says what it does by the method it overrides.
+# ruff: noqa: D102
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+MODES = ("forward", "training")
+OPS = ("gru", "lstm")
+GATES = {"gru": 3, "lstm": 4}
+LAYERS = {"gru": nn.GRU, "lstm": nn.LSTM}
+CELLS = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}
+
+
+def _randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One recurrent module over whole sequences of equal length; training gives the gradients of x and all weights."""
+
+    op: str
+    name: str
+    batch: int
+    seq_len: int
+    hidden: int
+    input_size: int
+    layers: int = 1
+    bidirectional: bool = False
+
+    modes = MODES
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def steps(self) -> int:
+        """Steps of one sequence element that are useful work."""
+        return self.seq_len * self.batch
+
+    def gflop(self, mode: str) -> float:
+        """Useful work of one call."""
+        inputs = self.input_size + (self.layers - 1) * self.directions * self.hidden
+        per_step = 2 * GATES[self.op] * self.hidden * (inputs + self.layers * self.hidden) * self.directions
+        return self.steps * per_step * (1 if mode == "forward" else 3) / 1e9
+
+    def recurrent(self) -> nn.RNNBase:
+        """The layer with its seeded weights."""
+        torch.manual_seed(0)
+        return LAYERS[self.op](self.input_size, self.hidden, num_layers=self.layers, bidirectional=self.bidirectional)
+
+    def module(self) -> nn.Module:
+        """What the providers run: the output is its result, or the first of a tuple."""
+        return self.recurrent()
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Arguments of the module."""
+        return (_randn(self.seq_len, self.batch, self.input_size),)
+
+    def grad_output(self, output: Tensor) -> Tensor:
+        """The gradient that training starts from."""
+        return _randn(*output.shape).to(output.dtype)
+
+    def comparable(self, results: Sequence[Tensor]) -> list[Tensor]:
+        """The output and gradients without what no caller reads."""
+        return list(results)
+
+
+class Packed(nn.Module):
+    """Sequences of several lengths as torch's documentation runs them."""
+
+    def __init__(self, rnn: nn.RNNBase, lengths: Tensor) -> None:
+        super().__init__()
+        self.rnn, self.lengths = rnn, lengths
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, B, I) padded -> (T, B, H), zero past each length."""
+        packed = pack_padded_sequence(x, self.lengths, enforce_sorted=False)
+        return pad_packed_sequence(self.rnn(packed)[0], total_length=x.shape[0])[0]
+
+
+@dataclass(frozen=True)
+class Varlen(Layer):
+    """A layer over sequences of length 1..T, unsorted; only steps inside a sequence count."""
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(B,), uniform."""
+        return torch.from_numpy(np.random.default_rng(0).integers(1, self.seq_len + 1, self.batch))
+
+    @property
+    def steps(self) -> int:
+        return int(self.lengths.sum())
+
+    def _inside(self, tensor: Tensor) -> Tensor:
+        return tensor * (torch.arange(self.seq_len)[:, None] < self.lengths)[..., None]
+
+    def module(self) -> nn.Module:
+        return Packed(self.recurrent(), self.lengths)
+
+    def grad_output(self, output: Tensor) -> Tensor:
+        return self._inside(super().grad_output(output))
+
+    def comparable(self, results: Sequence[Tensor]) -> list[Tensor]:
+        return [self._inside(results[0]), *results[1:]]
+
+
+class Steps(nn.Module):
+    """A cell in a Python loop."""
+
+    def __init__(self, cell: nn.RNNCellBase) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """(T, B, I) -> the last state."""
+        state = None
+        for step in x.unbind(0):
+            state = self.cell(step, state)
+        return state
+
+
+@dataclass(frozen=True)
+class CellLoop(Layer):
+    """A cell called once a step; the result is the last hidden state."""
+
+    def module(self) -> nn.Module:
+        torch.manual_seed(0)
+        return Steps(CELLS[self.op](self.input_size, self.hidden))
+
+
+class TokenModel(nn.Module):
+    """Embedding, one recurrent layer, one linear layer on every step or on the last one."""
+
+    def __init__(self, rnn: nn.RNNBase, vocabulary: int, outputs: int, last_only: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, rnn.input_size)
+        self.rnn = rnn
+        self.linear = nn.Linear(rnn.hidden_size, outputs)
+        self.last_only = last_only
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(T, B) -> (T, B, outputs), or (B, outputs) with last_only."""
+        hidden = self.rnn(self.embedding(tokens))[0]
+        return self.linear(hidden[-1] if self.last_only else hidden)
+
+
+VOCABULARY = 10000
+
+
+@dataclass(frozen=True)
+class LanguageModel(Layer):
+    """A word-level language model; training is a whole step: loss, gradients, Adam."""
+
+    outputs = VOCABULARY
+    last_only = False
+
+    def gflop(self, mode: str) -> float:
+        rows = self.batch if self.last_only else self.steps
+        linear = 2 * rows * self.hidden * self.outputs * (1 if mode == "forward" else 3) / 1e9
+        return super().gflop(mode) + linear
+
+    def module(self) -> nn.Module:
+        return TokenModel(self.recurrent(), VOCABULARY, self.outputs, self.last_only)
+
+    def _tokens(self, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(0, VOCABULARY, (self.seq_len, self.batch), generator=generator)
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        return (self._tokens(1),)
+
+    def loss(self, output: Tensor) -> Tensor:
+        """Cross-entropy against random next tokens."""
+        return cross_entropy(output.flatten(0, 1), self._targets.flatten())
+
+    @cached_property
+    def _targets(self) -> Tensor:
+        return self._tokens(2)
+
+
+@dataclass(frozen=True)
+class Classifier(LanguageModel):
+    """A classifier with two classes reading the last hidden state; else as the language model."""
+
+    outputs = 1
+    last_only = True
+
+    def loss(self, output: Tensor) -> Tensor:
+        return binary_cross_entropy_with_logits(output.flatten(), self._labels.to(output.dtype))
+
+    @cached_property
+    def _labels(self) -> Tensor:
+        return self._tokens(2)[0] % 2
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product of (M, K) and (K, N), stored as `form` says: N as is, T transposed, first letter a's."""
+
+    m: int
+    k: int
+    n: int
+    form: str = "NT"
+
+    op = "gemm"
+    modes = ("forward",)
+
+    @property
+    def name(self) -> str:
+        return f"{self.m}x{self.k}x{self.n}_{self.form.lower()}"
+
+    @property
+    def transposed(self) -> tuple[bool, bool]:
+        """Whether a and b are stored transposed."""
+        return self.form[0] == "T", self.form[1] == "T"
+
+    def gflop(self, mode: str) -> float:
+        return 2 * self.m * self.k * self.n / 1e9
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        transpose_a, transpose_b = self.transposed
+        a = _randn(*((self.k, self.m) if transpose_a else (self.m, self.k)))
+        return a, _randn(*((self.n, self.k) if transpose_b else (self.k, self.n)))
+
+    def comparable(self, results: Sequence[Tensor]) -> list[Tensor]:
+        return list(results)
+
+
+Workload = Layer | Product
+
+
+def _layer(op: str, batch: int, seq_len: int, hidden: int) -> Layer:
+    return Layer(op, f"b{batch}_t{seq_len}_{hidden}", batch, seq_len, hidden, hidden)
+
+
+def _recurrent(op: str) -> tuple[Layer, ...]:
+    return (
+        _layer(op, 1, 1, 256),
+        _layer(op, 1, 100, 256),
+        _layer(op, 1, 1, 1024),
+        _layer(op, 8, 128, 512),
+        _layer(op, 16, 64, 256),
+        Layer(op, "b32_t128_i128_h256", 32, 128, 256, 128),
+        _layer(op, 64, 35, 650),
+        _layer(op, 20, 70, 1150),
+        _layer(op, 32, 64, 1024),
+        _layer(op, 64, 128, 64),
+        Layer(op, "b32_t64_256_2layer", 32, 64, 256, 256, layers=2),
+        Layer(op, "b32_t64_256_bi", 32, 64, 256, 256, bidirectional=True),
+        Varlen(op, "b32_t128_256_varlen", 32, 128, 256, 256),
+        CellLoop(op, "cell_b32_256_x50", 32, 50, 256, 256),
+    )
+
+
+WORKLOADS: tuple[Workload, ...] = (
+    *_recurrent("gru"),
+    LanguageModel("gru", "LM-A", 32, 64, 256, 128),
+    *_recurrent("lstm"),
+    LanguageModel("lstm", "LM-B", 32, 64, 256, 128),
+    Classifier("lstm", "CLS", 32, 200, 128, 256),
+    # An input projection as nn.Linear stores its weight, a larger one, and the forms that gradients need.
+    Product(2048, 256, 768),
+    Product(2048, 1024, 3072),
+    Product(2048, 256, 768, "NN"),
+    Product(2048, 256, 768, "TN"),
+    # One step's recurrent product, (B, H) x (H, 3H).
+    *(Product(batch, hidden, 3 * hidden) for batch, hidden in ((1, 256), (8, 512), (16, 256), (32, 256), (32, 1024))),
+)

@@ -1,0 +1,137 @@
+"""Makes the README's tables and the plot from CSVs of run.py, and checks the speed targets.
+
+python benchmarks/report.py --readme README.md --plot benchmarks/results/recurrent.png
+python benchmarks/report.py --check
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import rows
+import targets
+from registry import MODES, OPS
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+TITLES = {"forward": "Forward", "training": "Forward + backward (whole models: a training step)"}
+Groups = Mapping[tuple[str, str, str], rows.Group]
+
+
+def _ms(value: float) -> str:
+    """Three digits, never in exponent form."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _ratio(value: float | None) -> str:
+    """Bold where fastlm loses."""
+    if value is None:
+        return "-"
+    return f"**{value:.2f}**" if value < 0.995 else f"{value:.2f}"
+
+
+def _line(op: str, workload: str, group: rows.Group) -> str:
+    torch_row, peer, own = group.get("torch"), rows.fastest_peer(group), rows.ours(group)
+    cells = [
+        f"{op} {workload}",
+        _ms(torch_row.p50) if torch_row else "-",
+        f"{_ms(peer.p50)} {peer.provider}" if peer else "-",
+        _ms(own.p50) + (f" {own.provider}" if own.provider != "fastlm" else "") if own else "-",
+        f"{own.share:.2f}" if own and own.share is not None else "-",
+        _ratio(group["fastlm"].torch_ratio if "fastlm" in group else None),
+        _ratio(peer.p50 / own.p50 if peer and own else None),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _table(title: str, groups: Groups) -> list[str]:
+    head = "| workload | torch ms | fastest peer ms | fastlm ms | share of peak | times torch | times fastest peer |"
+    lines = [_line(op, workload, group) for (op, workload, _), group in groups.items()]
+    return [f"**{title}**", "", head, "|---" + "|--:" * 6 + "|", *lines, ""] if lines else []
+
+
+def _conditions(groups: Groups) -> list[str]:
+    every = [row for group in groups.values() for row in group.values()]
+    versions = sorted({row.provider_version for row in every if not row.provider.startswith("fastlm")})
+    runs = {
+        f"{row.date[:10]}: {row.cpu}, threads {row.threads}, {row.dtype}, instruction set {row.isa or 'none'}, "
+        f"{f'{row.peak_gflops:.0f}' if row.peak_gflops else 'unknown'} GFLOP/s peak, {row.read_gbs:.0f} GB/s read, "
+        f"fastlm {row.fastlm} ({row.git or 'no git'}), MALLOC_MMAP_MAX_ {row.malloc_mmap_max or 'unset'}"
+        for row in every
+    }
+    return [f"{'; '.join(sorted(runs))}. Peers: {', '.join(versions)}. Medians; bold: fastlm is slower.", ""]
+
+
+def markdown(groups: Groups) -> str:
+    """Tables of forward, training and plain products, losses included."""
+    lines = _conditions(groups) if groups else []
+    for mode in MODES:
+        lines += _table(TITLES[mode], {key: g for key, g in groups.items() if key[0] in OPS and key[2] == mode})
+    lines += _table("Matrix products", {key: g for key, g in groups.items() if key[0] == "gemm"})
+    return "\n".join(lines)
+
+
+def rewrite(readme: Path, text: str) -> None:
+    """Puts text between the two markers of a file."""
+    before, begin, rest = readme.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{readme}: no {BEGIN} ... {END}")
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+def plot(groups: Groups, path: Path) -> None:
+    """Share of the peak for torch, the fastest peer and fastlm, one panel per op and mode."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 9), layout="constrained")
+    panels = figure.subplots(len(MODES), len(OPS), sharey=True)
+    bars = {
+        "torch": (lambda group: group.get("torch"), "#b0b0b0"),
+        "fastest peer": (rows.fastest_peer, "#6baed6"),
+        "fastlm": (rows.ours, "#d94801"),
+    }
+    for panel, (mode, op) in zip(panels.flat, itertools.product(MODES, OPS), strict=True):
+        shown = {key[1]: group for key, group in groups.items() if key[0] == op and key[2] == mode}
+        for offset, (label, (choose, color)) in zip((-0.27, 0.0, 0.27), bars.items(), strict=True):
+            chosen = [choose(group) for group in shown.values()]
+            shares = [row.share or 0 if row else 0 for row in chosen]
+            panel.bar([i + offset for i in range(len(shares))], shares, 0.27, label=label, color=color)
+        panel.set_xticks(range(len(shown)), list(shown), rotation=45, ha="right", fontsize=8)
+        panel.set_title(f"{op.upper()}: {TITLES[mode].lower()}", fontsize=10)
+        panel.set_ylim(0, 1)
+        panel.grid(axis="y", alpha=0.3)
+    panels[0, 0].legend()
+    figure.supylabel("share of the fused multiply-add peak")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; the status is 1 where --check found a missed target."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = [Path(__file__).parent / "results" / "recurrent.csv"]
+    parser.add_argument("csv", nargs="*", type=Path, default=default, help="default: results/recurrent.csv")
+    parser.add_argument("--readme", type=Path, help="file whose table is replaced")
+    parser.add_argument("--plot", type=Path, help="PNG to write")
+    parser.add_argument("--check", action="store_true", help="print for every speed target whether it was reached")
+    arguments = parser.parse_args(argv)
+    groups = rows.latest(row for path in arguments.csv for row in rows.read(path))
+    if arguments.readme:
+        rewrite(arguments.readme, markdown(groups))
+    if arguments.plot:
+        plot(groups, arguments.plot)
+    if arguments.check:
+        found = list(targets.verdicts(groups))
+        print(*(verdict.text for verdict in found), sep="\n")
+        counts = [sum(verdict.reached is state for verdict in found) for state in (True, False, None)]
+        print("{} reached, {} missed, {} not measured".format(*counts))
+        return 1 if counts[1] else 0
+    if not arguments.readme and not arguments.plot:
+        print(markdown(groups))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The speed to reach, and how far a run is from it."""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import rows
+from registry import WORKLOADS, CellLoop, LanguageModel, Product, Varlen
+
+PEER_SLACK = 1.15  # what two runs of one program differ by on a shared machine
+
+
+class Target(NamedTuple):
+    """`measure` is "share" (of the peak) or "torch_ratio", at least `bound`; or "ms", at most `bound`."""
+
+    op: str
+    workload: str
+    mode: str
+    measure: str
+    bound: float
+
+
+# (op, workload): (measure and bound of forward, of training).
+_SINGLE = {
+    ("gru", "b64_t128_64"): (("share", 0.50), ("share", 0.40)),
+    ("lstm", "b64_t128_64"): (("share", 0.60), ("share", 0.50)),
+    ("gru", "b1_t100_256"): (("ms", 0.65), ("torch_ratio", 10)),
+    ("lstm", "b1_t100_256"): (("ms", 0.9), ("torch_ratio", 2)),
+    ("gru", "b1_t1_256"): (("torch_ratio", 3), ("torch_ratio", 2)),
+    ("lstm", "b1_t1_256"): (("torch_ratio", 8), ("torch_ratio", 4)),
+    ("gru", "b1_t1_1024"): (("ms", 0.18), None),
+    ("lstm", "b1_t1_1024"): (("ms", 0.35), ("torch_ratio", 10)),
+    ("gru", "cell_b32_256_x50"): (("share", 0.60), ("share", 0.50)),
+    ("lstm", "cell_b32_256_x50"): (("share", 0.60), ("share", 0.50)),
+}
+_LARGE = {"gru": (("share", 0.84), ("share", 0.80)), "lstm": (("share", 0.86), ("share", 0.82))}
+
+
+def _targets() -> Iterator[Target]:
+    for workload in WORKLOADS:
+        bounds = _SINGLE.get((workload.op, workload.name))
+        if isinstance(workload, Product):
+            large = workload.m >= 2048 and workload.form == "NT"
+            bounds = (("share", 0.90) if large else ("torch_ratio", 1),)
+        elif bounds is None and not isinstance(workload, Varlen | CellLoop | LanguageModel):
+            bounds = _LARGE[workload.op]
+        for mode, bound in zip(workload.modes, bounds or (), strict=False):
+            if bound is not None:
+                yield Target(workload.op, workload.name, mode, *bound)
+
+
+TARGETS = tuple(_targets())
+
+# The fastest other software measured on an AMD Zen 4 server, two cores, and how many times faster than torch it was
+# there: (op, workload): ((name, ratio) of forward, of training). Used where the software is no provider of the run.
+PEERS = {
+    ("gru", "b1_t1_256"): (("openvino", 3.22), ("torch", 1.00)),
+    ("lstm", "b1_t1_256"): (("onnxruntime", 12.18), ("jax", 2.98)),
+    ("gru", "b1_t100_256"): (("onnxruntime", 2.87), ("jax", 6.30)),
+    ("lstm", "b1_t100_256"): (("onnxruntime", 1.46), ("torch", 1.00)),
+    ("gru", "b1_t1_1024"): (("onnxruntime", 9.06), ("torch", 1.00)),
+    ("lstm", "b1_t1_1024"): (("onnxruntime", 10.26), ("keras", 6.16)),
+    ("gru", "b8_t128_512"): (("openvino", 2.39), ("jax", 1.21)),
+    ("lstm", "b8_t128_512"): (("onnxruntime", 1.14), ("torch", 1.00)),
+    ("gru", "b16_t64_256"): (("openvino", 1.94), ("torch", 1.00)),
+    ("lstm", "b16_t64_256"): (("onnxruntime", 1.16), ("torch", 1.00)),
+    ("gru", "b32_t128_i128_h256"): (("openvino", 1.83), ("torch", 1.00)),
+    ("lstm", "b32_t128_i128_h256"): (("onnxruntime", 1.08), ("torch", 1.00)),
+    ("gru", "b64_t35_650"): (("openvino", 1.56), ("torch", 1.00)),
+    ("lstm", "b64_t35_650"): (("onnxruntime", 1.01), ("torch", 1.00)),
+    ("gru", "b20_t70_1150"): (("onnxruntime", 2.37), ("jax", 1.43)),
+    ("lstm", "b20_t70_1150"): (("onnxruntime", 1.16), ("torch", 1.00)),
+    ("gru", "b32_t64_1024"): (("openvino", 1.48), ("jax", 1.13)),
+    ("lstm", "b32_t64_1024"): (("torch", 1.00), ("torch", 1.00)),
+    ("gru", "b64_t128_64"): (("openvino", 1.47), ("jax", 1.46)),
+    ("lstm", "b64_t128_64"): (("onnxruntime", 1.48), ("torch", 1.00)),
+    ("gru", "b32_t64_256_2layer"): (("openvino", 1.59), ("torch", 1.00)),
+    ("lstm", "b32_t64_256_2layer"): (("onnxruntime", 1.07), ("torch", 1.00)),
+    ("gru", "b32_t64_256_bi"): (("openvino", 1.56), ("keras", 1.08)),
+    ("lstm", "b32_t64_256_bi"): (("onnxruntime", 1.02), ("torch", 1.00)),
+    ("gru", "b32_t128_256_varlen"): (("torch", 1.00), ("torch", 1.00)),
+    ("lstm", "b32_t128_256_varlen"): (("onnxruntime", 1.47), ("torch_padded", 1.52)),
+    ("gru", "cell_b32_256_x50"): (("keras", 1.22), ("jax", 1.31)),
+    ("lstm", "cell_b32_256_x50"): (("keras", 1.28), ("jax", 1.05)),
+    ("gru", "LM-A"): (("keras", 1.57), ("keras", 1.31)),
+    ("lstm", "LM-B"): (("torch_tuned", 1.35), ("torch_tuned", 1.40)),
+    ("lstm", "CLS"): (("torch", 1.00), ("torch_tuned", 1.40)),
+}
+# JAX's time is to be halved, not only matched.
+_PEER_FACTOR = {("gru", "b1_t100_256", "training"): 2.0}
+
+
+class Verdict(NamedTuple):
+    """What a run says about one target: `reached` is None where the run lacks the row."""
+
+    text: str
+    reached: bool | None
+
+
+def _verdict(label: str, measured: float | None, bound: float, unit: str, at_most: bool = False) -> Verdict:
+    if measured is None:
+        return Verdict(f"{label}: not measured (target {bound:.3g} {unit})", None)
+    needed = measured / bound if at_most else bound / measured
+    reached = needed <= 1
+    outcome = "reached" if reached else f"MISSED, must be {needed:.2f} times as fast"
+    sign = "<=" if at_most else ">="
+    return Verdict(f"{label}: {outcome}: {measured:.3g}, target {sign} {bound:.3g} {unit}", reached)
+
+
+def verdicts(groups: Mapping[tuple[str, str, str], rows.Group]) -> Iterator[Verdict]:
+    """Every target of the table, then torch and the fastest peer on every workload that was measured."""
+    units = {"share": "of the peak", "torch_ratio": "times torch", "ms": "ms"}
+    for target in TARGETS:
+        row = groups.get((target.op, target.workload, target.mode), {}).get("fastlm")
+        column = "p50" if target.measure == "ms" else target.measure
+        measured = None if row is None else getattr(row, column)
+        label = f"{target.op}/{target.workload} {target.mode}"
+        yield _verdict(label, measured, target.bound, units[target.measure], at_most=target.measure == "ms")
+    for (op, workload, mode), group in groups.items():
+        if op == "gemm" or "torch" not in group or rows.ours(group) is None:
+            continue
+        label = f"{op}/{workload} {mode}"
+        if "fastlm" in group:
+            yield _verdict(f"{label} against torch", group["fastlm"].torch_ratio, 1, "times torch")
+        peer, limit = _peer_limit(op, workload, mode, group)
+        if peer != "torch":
+            bound = _PEER_FACTOR.get((op, workload, mode), 1 / PEER_SLACK)
+            yield _verdict(f"{label} against {peer}", limit / rows.ours(group).p50, bound, "times the peer")
+
+
+def _peer_limit(op: str, workload: str, mode: str, group: rows.Group) -> tuple[str, float]:
+    """The fastest peer and its time in milliseconds; through torch where it took no part in the run."""
+    fastest = rows.fastest_peer(group)
+    found = fastest.provider, fastest.p50
+    if (op, workload) not in PEERS:
+        return found
+    name, ratio = PEERS[op, workload][mode == "training"]
+    # torch_tuned means fused Adam and MALLOC_MMAP_MAX_=0; under the latter plain torch has the same inference.
+    took_part = fastest.malloc_mmap_max == "0" if name == "torch_tuned" else name in group
+    through_torch = f"{name} (through torch)", group["torch"].p50 / ratio
+    return found if took_part else min(found, through_torch, key=lambda item: item[1])

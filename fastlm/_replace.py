@@ -1,0 +1,106 @@
+"""replace(), restore() and explain(): the kernels under an existing model, and what became of it."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch.nn.utils.parametrize import is_parametrized
+
+from fastlm import _native, _trace
+from fastlm._report import Report
+from fastlm.nn import GRU, LSTM, GRUCell, LSTMCell
+from fastlm.nn._twin import TorchTwin, change_class
+
+_Model = TypeVar("_Model", bound=torch.nn.Module)
+
+_TWINS: dict[type[Any], type[Any]] = {twin.torch_class: twin for twin in (GRU, LSTM, GRUCell, LSTMCell)}
+_NO_TWIN = {
+    torch.nn.RNN: "no kernel for plain tanh or relu recurrence",
+    torch.nn.RNNCell: "no kernel for plain tanh or relu recurrence",
+    torch.nn.MultiheadAttention: "not in this version of fastlm",
+}
+
+
+def replace(model: _Model) -> _Model:
+    """Puts the modules of a model onto the kernels of fastlm, in place, and returns the model.
+
+    Every module that is exactly torch.nn.GRU, LSTM, GRUCell or LSTMCell becomes its fastlm.nn twin: the same object
+    with the same parameters, hooks and state_dict. Subclasses and parametrised modules are left alone;
+    `explain(model)` lists them. Doing it twice changes nothing more; `restore` undoes it.
+    """
+    return _change_classes("replace", model, _TWINS)
+
+
+def restore(model: _Model) -> _Model:
+    """Undoes `replace`: every fastlm.nn module becomes its torch.nn twin again, in place. Returns the model."""
+    return _change_classes("restore", model, {twin: torch_class for torch_class, twin in _TWINS.items()})
+
+
+def _change_classes(function: str, model: _Model, new_classes: dict[type[Any], type[Any]]) -> _Model:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"fastlm.{function}: expected a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        new_class = new_classes.get(type(module))
+        if new_class is not None:
+            change_class(module, new_class)
+    return model
+
+
+def explain(x: torch.nn.Module | Callable[..., object], *inputs: object) -> Report:
+    """Tells what runs on the kernels and why the rest does not; the result is a dict that prints well.
+
+    Args:
+        x (Module or function): a model alone: which modules were replaced, which were left and why. With inputs, or a
+            function: called once, without gradients.
+        *inputs: arguments of the call.
+
+    Returns:
+        For a model alone: "replaced" {name: class} and "left" {name: reason}. For a call: "backend" ("cpu",
+        "reference", both where calls differ, None where no operation of fastlm was called), "kernel", "reasons".
+    """
+    if inputs or not isinstance(x, torch.nn.Module):
+        return _explain_call(x, inputs)
+    replaced, left = {}, {}
+    for name, module in x.named_modules():
+        reason = _reason_left(module)
+        if reason is not None:
+            left[name or "(model)"] = reason
+        elif isinstance(module, TorchTwin):
+            replaced[name or "(model)"] = f"fastlm.nn.{module.torch_class.__name__}"
+    return Report(replaced=replaced, left=left)
+
+
+def _reason_left(module: torch.nn.Module) -> str | None:
+    """Why a module that one could expect on the kernels is not there, or None."""
+    for torch_class, reason in _NO_TWIN.items():
+        if isinstance(module, torch_class):
+            return reason
+    for torch_class, twin in _TWINS.items():
+        if isinstance(module, torch_class) and not isinstance(module, twin):
+            if type(module) is torch_class:
+                return "fastlm.replace(model) has not been called since it was added"
+            if is_parametrized(module):
+                return "parametrised: call fastlm.replace(model) before parametrising it"
+            return f"a subclass of torch.nn.{torch_class.__name__}, which may differ from it"
+    return None
+
+
+def _explain_call(function: Callable[..., object], inputs: tuple[object, ...]) -> Report:
+    with torch.no_grad(), _trace.recording() as calls:
+        function(*inputs)
+    if not calls:
+        return Report(backend=None, kernel=None, reasons=["no operation of fastlm was called"])
+    backends, kernels, reasons = [], [], []
+    for operation, reason in calls:
+        if reason is None:
+            reason = _native.reason  # without the extension the operation itself is the reference
+        backends.append("cpu" if reason is None else "reference")
+        if reason is None:
+            kernels.append(f"{operation} ({_native.module.cpu_isa()})")  # type: ignore[union-attr]
+        else:
+            reasons.append(reason)
+    return Report(backend=_distinct(backends), kernel=_distinct(kernels), reasons=list(dict.fromkeys(reasons)))
+
+
+def _distinct(names: list[str]) -> str | None:
+    return ", ".join(dict.fromkeys(names)) or None

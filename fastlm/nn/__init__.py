@@ -1,0 +1,19 @@
+"""Drop-in torch.nn modules on the kernels of fastlm."""
+
+import torch
+
+from fastlm.nn.gru import GRU, GRUCell
+from fastlm.nn.lstm import LSTM, LSTMCell
+
+__all__ = ["GRU", "LSTM", "GRUCell", "LSTMCell", "is_rnn"]
+
+# Whole modules saved with torch.save then load with weights_only=True, as torch's own do.
+torch.serialization.add_safe_globals([GRU, LSTM, GRUCell, LSTMCell])
+
+
+def is_rnn(module: object) -> bool:
+    """True for GRU and LSTM of torch.nn and of fastlm.nn and for torch.nn.RNN (not for cells).
+
+    For loops over modules that would test `isinstance(module, torch.nn.LSTM)`, which a fastlm.nn.LSTM is not.
+    """
+    return isinstance(module, torch.nn.RNNBase)

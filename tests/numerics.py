@@ -1,0 +1,224 @@
+"""The one tolerance function, and the inputs and runners that tests and benchmarks share.
+
+No test compares floating-point results in any other way, save where it asks for equality to the bit.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+import fastlm
+from fastlm.ops import reference
+
+# How much worse than torch's own rounding error a result may be, and the units of rounding granted on top, since torch
+# is lucky at times; a gradient sums over all steps and rows and may cancel.
+FACTOR = {"forward": 2.0, "gradient": 3.0}
+FLOOR_EPS = {"forward": 4.0, "gradient": 8.0}
+
+
+def check(name: str, got: Tensor, same_dtype: Tensor, reference64: Tensor, kind: str = "forward") -> None:
+    """Asserts err(got) <= k * err(torch in the same dtype) + a few eps * max|reference|, for maximum and RMS errors.
+
+    Errors are taken against reference64 where everything is finite; NaN and infinities must stand where torch has them.
+    """
+    assert got.shape == reference64.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(reference64.shape)}"
+    assert got.dtype == same_dtype.dtype, f"{name}: dtype {got.dtype}, expected {same_dtype.dtype}"
+    if got.numel() == 0:
+        return
+    eps = torch.finfo(got.dtype).eps
+    got, same_dtype, reference64 = (tensor.detach().double() for tensor in (got, same_dtype, reference64))
+    for what, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
+        places, expected = test(got), test(same_dtype)
+        assert torch.equal(places, expected), (
+            f"{name}: {what} in {int(places.sum())} places, torch has it in {int(expected.sum())}; "
+            f"they differ first at {(places != expected).nonzero()[0].tolist()}"
+        )
+    finite = torch.isfinite(same_dtype) & torch.isfinite(reference64)
+    if not finite.any():
+        return
+    truth = reference64[finite]
+    error, baseline = (tensor[finite] - truth for tensor in (got, same_dtype))
+    floor = FLOOR_EPS[kind] * eps * truth.abs().max()
+    for norm, measure in (("max", lambda e: e.abs().max()), ("rms", lambda e: e.square().mean().sqrt())):
+        limit = FACTOR[kind] * measure(baseline) + floor
+        assert measure(error) <= limit, (
+            f"{name}: {norm} error {measure(error):.3e} against float64, torch's own {measure(baseline):.3e}, "
+            f"limit {limit:.3e}; largest value {truth.abs().max():.3e}"
+        )
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """The inputs of one layer and direction; c0 is None for a GRU."""
+
+    kind: str  # "gru" or "lstm"
+    x: Tensor
+    h0: Tensor | None
+    c0: Tensor | None
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None
+    b_hh: Tensor | None
+    reverse: bool = False
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors present, by name."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in values if isinstance(value, Tensor)}
+
+    def map(self, function: Callable[[str, Tensor], Tensor]) -> "Recurrent":
+        """The same case with every tensor present replaced by function(name, tensor)."""
+        return replace(self, **{name: function(name, tensor) for name, tensor in self.tensors().items()})
+
+    def to(self, dtype: torch.dtype) -> "Recurrent":
+        return self.map(lambda _, tensor: tensor.to(dtype))
+
+
+def make_recurrent(
+    kind: str,
+    seq_len: int,
+    batch: int,
+    input_size: int,
+    hidden_size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    bias: str = "both",
+    state: str = "both",
+    reverse: bool = False,
+    seed: int = 0,
+    requires_grad: bool = False,
+) -> Recurrent:
+    """Random inputs, weights as torch.nn draws them; bias: both, ih, hh or none; state: both, h0, c0 or none."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = (3 if kind == "gru" else 4) * hidden_size
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def uniform(*shape: int) -> Tensor:
+        return (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) / hidden_size**0.5
+
+    case = Recurrent(
+        kind,
+        normal(seq_len, batch, input_size),
+        normal(batch, hidden_size) if state in ("both", "h0") else None,
+        normal(batch, hidden_size) if kind == "lstm" and state in ("both", "c0") else None,
+        uniform(rows, input_size),
+        uniform(rows, hidden_size),
+        uniform(rows) if bias in ("both", "ih") else None,
+        uniform(rows) if bias in ("both", "hh") else None,
+        reverse,
+    )
+    return case.map(lambda _, tensor: tensor.to(dtype).requires_grad_(requires_grad))
+
+
+Outputs = dict[str, Tensor]
+Runner = Callable[[Recurrent], Outputs]
+
+
+def run_fastlm(case: Recurrent) -> Outputs:
+    """The public op: output, h_n and, for an LSTM, c_n."""
+    return _run(fastlm.ops.gru, fastlm.ops.lstm, case)
+
+
+def run_reference(case: Recurrent) -> Outputs:
+    """fastlm's plain reference."""
+    return _run(reference.gru, reference.lstm, case)
+
+
+def _run(gru: Callable, lstm: Callable, case: Recurrent) -> Outputs:
+    weights = (case.w_ih, case.w_hh, case.b_ih, case.b_hh)
+    if case.kind == "gru":
+        output, h_n = gru(case.x, case.h0, *weights, reverse=case.reverse)
+        return {"output": output, "h_n": h_n}
+    output, (h_n, c_n) = lstm(case.x, (case.h0, case.c0), *weights, reverse=case.reverse)
+    return {"output": output, "h_n": h_n, "c_n": c_n}
+
+
+def run_torch(case: Recurrent) -> Outputs:
+    """What torch.nn.GRU and torch.nn.LSTM compute: the functions their forward calls."""
+    x = case.x.flip(0) if case.reverse else case.x
+    biased = case.b_ih is not None or case.b_hh is not None
+    weights = [case.w_ih, case.w_hh]
+    if biased:
+        weights += [case.w_ih.new_zeros(case.w_ih.shape[0]) if b is None else b for b in (case.b_ih, case.b_hh)]
+    zeros = x.new_zeros(x.shape[1], case.w_hh.shape[1])
+    h0, c0 = ((zeros if state is None else state).unsqueeze(0) for state in (case.h0, case.c0))
+    options = (biased, 1, 0.0, False, False, False)
+    if case.kind == "gru":
+        output, *states = torch.gru(x, h0, weights, *options)
+    else:
+        output, *states = torch.lstm(x, (h0, c0), weights, *options)
+    output = output.flip(0) if case.reverse else output
+    return {"output": output, **dict(zip(("h_n", "c_n"), (state.squeeze(0) for state in states), strict=False))}
+
+
+def incoming(outputs: Outputs, names: Iterable[str] | None = None) -> Outputs:
+    """Gradients that arrive at the named outputs (default: all), the same for every dtype and runner."""
+    generator = torch.Generator().manual_seed(1)
+    made = {
+        name: torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device, out.dtype)
+        for name, out in outputs.items()
+    }
+    return made if names is None else {name: made[name] for name in names}
+
+
+def forward_backward(
+    run: Runner,
+    case: Recurrent,
+    *,
+    wanted: Iterable[str] | None = None,
+    arriving: Iterable[str] | Callable[[Outputs], Outputs] = incoming,
+) -> Outputs:
+    """Outputs, and as grad_<name> the gradients of the wanted inputs (default: all).
+
+    arriving names the outputs that get a gradient, or makes these gradients from the outputs.
+    """
+    names = list(case.tensors() if wanted is None else wanted)
+    leaves = case.map(lambda name, tensor: tensor.detach().requires_grad_(name in names))
+    outputs = run(leaves)
+    grad_outputs = arriving(outputs) if callable(arriving) else incoming(outputs, arriving)
+    inputs = leaves.tensors()
+    grads = torch.autograd.grad(
+        [outputs[name] for name in grad_outputs], [inputs[name] for name in names], list(grad_outputs.values())
+    )
+    return {**outputs, **{f"grad_{name}": grad for name, grad in zip(names, grads, strict=True)}}
+
+
+def check_all(got: Outputs, same_dtype: Outputs, reference64: Outputs) -> None:
+    """`check` for everything `forward_backward` returns."""
+    assert got.keys() == same_dtype.keys() == reference64.keys()
+    for name, value in got.items():
+        kind = "gradient" if name.startswith("grad_") else "forward"
+        check(name, value, same_dtype[name], reference64[name], kind)
+
+
+def check_recurrent(
+    case: Recurrent,
+    *,
+    wanted: Iterable[str] | None = None,
+    arriving: Iterable[str] | Callable[[Outputs], Outputs] = incoming,
+) -> None:
+    """Checks the public op, forward and gradients, against torch in the same dtype and in float64."""
+
+    def results(run: Runner, dtype: torch.dtype) -> Outputs:
+        return forward_backward(run, case.to(dtype), wanted=wanted, arriving=arriving)
+
+    dtype = case.x.dtype
+    truth = results(run_torch, torch.float64)
+    same = scaled_to_float64(results(run_torch, torch.float32), truth) if dtype == torch.float64 else None
+    check_all(results(run_fastlm, dtype), same or results(run_torch, dtype), truth)
+
+
+def scaled_to_float64(in_float32: Outputs, truth: Outputs) -> Outputs:
+    """The baseline for float64: torch's float32 errors in proportion to the unit of rounding.
+
+    torch in float64 cannot be its own baseline, and how far two float64 computations differ is a matter of luck.
+    """
+    scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    errors = {name: (value.double() - truth[name]) * scale for name, value in in_float32.items()}
+    return {
+        name: truth[name] + error.where(error.isfinite(), torch.zeros_like(error)) for name, error in errors.items()
+    }

@@ -1,0 +1,204 @@
+"""Registration of the ops, and what stands on it: torch.compile, torch.export, fake tensors, functional_call."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fastlm
+from tests.numerics import Outputs, Recurrent, check_all, forward_backward, make_recurrent, run_fastlm, run_torch
+
+KINDS = ("gru", "lstm")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def states_of(case: Recurrent) -> tuple[Tensor | None, ...]:
+    return (case.h0,) if case.kind == "gru" else (case.h0, case.c0)
+
+
+def forward_arguments(case: Recurrent, save: bool) -> tuple:
+    return (case.x, *states_of(case), case.w_ih, case.w_hh, case.b_ih, case.b_hh, case.reverse, save)
+
+
+def opcheck_forward(case: Recurrent, save: bool) -> None:
+    torch.library.opcheck(getattr(torch.ops.fastlm, f"{case.kind}_forward").default, forward_arguments(case, save))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("given", ["both", "none"], ids=("all_inputs", "bare"))
+@pytest.mark.parametrize("save", [True, False], ids=("save", "no_save"))
+def test_opcheck_forward(kind: str, given: str, save: bool) -> None:
+    for dtype, reverse in ((torch.float32, False), (torch.float64, True)):
+        options = {"dtype": dtype, "bias": given, "state": given, "reverse": reverse}
+        opcheck_forward(make_recurrent(kind, 3, 2, 4, 5, requires_grad=save, **options), save)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck_forward_whose_backward_has_nothing_saved(kind: str) -> None:
+    opcheck_forward(make_recurrent(kind, 2, 2, 2, 2, requires_grad=True), save=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arriving", ["all", "output", "states"])
+def test_opcheck_backward(kind: str, arriving: str) -> None:
+    case = make_recurrent(kind, 3, 2, 4, 5)
+    *outputs, reserve = getattr(torch.ops.fastlm, f"{kind}_forward")(*forward_arguments(case, True))
+    grads = [torch.randn_like(out) for out in outputs]
+    grads[0] = None if arriving == "states" else grads[0]
+    grads[1:] = [None] * len(grads[1:]) if arriving == "output" else grads[1:]
+    op = getattr(torch.ops.fastlm, f"{kind}_backward").default
+    for needs in ((True, True, True, True), (False, True, False, True), (True, False, True, False)):
+        torch.library.opcheck(op, (*grads, case.x, case.w_ih, case.w_hh, reserve, case.reverse, *needs))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_backward_computes_what_is_asked_for(isa: str, kind: str) -> None:
+    case = make_recurrent(kind, 3, 2, 4, 5)
+    *outputs, reserve = getattr(torch.ops.fastlm, f"{kind}_forward")(*forward_arguments(case, True))
+    grads = [torch.randn_like(out) for out in outputs]
+    op = getattr(torch.ops.fastlm, f"{kind}_backward")
+    whole = op(*grads, case.x, case.w_ih, case.w_hh, reserve, False, True, True, True, True)
+    states = len(states_of(case))
+    for needs in product((False, True), repeat=4):
+        need_x, need_h0, need_weights, need_bias = needs
+        got = op(*grads, case.x, case.w_ih, case.w_hh, reserve, False, *needs)
+        asked = [need_x, *[need_h0] * states, need_weights, need_weights]
+        asked += [need_bias] * (len(got) - len(asked))
+        for value, full, need in zip(got, whole, asked, strict=True):
+            assert torch.equal(value, full) if need else value.numel() == 0
+
+
+@pytest.mark.parametrize("form", list(product((False, True), repeat=2)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=("fp32", "fp64"))
+def test_opcheck_gemm(dtype: torch.dtype, form: tuple[bool, bool]) -> None:
+    a, b = (
+        torch.randn((4, 3) if form[0] else (3, 4), dtype=dtype),
+        torch.randn((5, 4) if form[1] else (4, 5), dtype=dtype),
+    )
+    torch.library.opcheck(torch.ops.fastlm.gemm.default, (a, b, *form))
+
+
+def equal(got: Outputs, expected: Outputs) -> bool:
+    return all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("given", ["both", "none"], ids=("all_inputs", "bare"))
+def test_compile_once_for_all_lengths_and_batches(kind: str, given: str) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(run_fastlm, fullgraph=True, dynamic=True, backend=counter)
+    for seq_len, batch in ((5, 3), (9, 4), (2, 7), (30, 2)):
+        case = make_recurrent(kind, seq_len, batch, 6, 8, bias=given, state=given)
+        assert equal(forward_backward(compiled, case), forward_backward(run_fastlm, case))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compile_marked_dynamic_without_grad(kind: str) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(run_fastlm, fullgraph=True, backend=counter)
+    for seq_len, batch in ((5, 3), (9, 4), (2, 7)):
+        case = make_recurrent(kind, seq_len, batch, 6, 8, state="none", reverse=True)
+        for dim in (0, 1):
+            torch._dynamo.mark_dynamic(case.x, dim)
+        with torch.no_grad():
+            assert equal(compiled(case), run_fastlm(case))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compile_with_inductor(kind: str) -> None:
+    case = make_recurrent(kind, 5, 3, 6, 8)
+    compiled = torch.compile(lambda given: {k: v.sin() for k, v in run_fastlm(given).items()}, fullgraph=True)
+    runs = (compiled, lambda given: {k: v.sin() for k, v in run_torch(given).items()})
+    check_all(
+        *(forward_backward(run, given) for run, given in
+          ((runs[0], case), (runs[1], case), (runs[1], case.to(torch.float64))))
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_errors_are_the_same(kind: str) -> None:
+    case = make_recurrent(kind, 5, 3, 6, 8)
+    wrong = case.map(lambda name, tensor: tensor[:-1] if name == "w_hh" else tensor)
+    compiled = torch.compile(run_fastlm, backend="aot_eager")
+    for run in (run_fastlm, compiled):
+        with pytest.raises(ValueError, match="w_hh: expected shape"):
+            run(wrong)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compile_under_autocast(kind: str) -> None:
+    case = make_recurrent(kind, 5, 3, 6, 8)
+    compiled = torch.compile(run_fastlm, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert equal(compiled(case), run_fastlm(case))
+
+
+class Layer(torch.nn.Module):
+    """One layer with its tensors as parameters."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.case = make_recurrent(kind, 5, 3, 6, 8, state="none")
+        for name in ("w_ih", "w_hh", "b_ih", "b_hh"):
+            setattr(self, name, torch.nn.Parameter(self.case.tensors()[name]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.w_ih, self.w_hh, self.b_ih, self.b_hh)
+        if self.case.kind == "gru":
+            return fastlm.ops.gru(x, None, *weights)[0]
+        return fastlm.ops.lstm(x, (None, None), *weights)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_export(kind: str) -> None:
+    layer = Layer(kind)
+    dynamic = {0: torch.export.Dim("T", min=1), 1: torch.export.Dim("B", min=1)}
+    program = torch.export.export(layer, (layer.case.x,), dynamic_shapes=(dynamic,))
+    targets = [node.target for node in program.graph.nodes]
+    assert targets.count(getattr(torch.ops.fastlm, f"{kind}_forward").default) == 1
+    for seq_len, batch in ((5, 3), (9, 2), (1, 1)):
+        x = torch.randn(seq_len, batch, 6)
+        assert torch.equal(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_functional_call(kind: str) -> None:
+    layer, x = Layer(kind), torch.randn(4, 2, 6)
+    doubled = {name: (2 * value).detach().requires_grad_() for name, value in layer.named_parameters()}
+    got = torch.func.functional_call(layer, doubled, (x,))
+    got.sum().backward()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(2)
+    expected = layer(x)
+    expected.sum().backward()
+    assert torch.equal(got, expected)
+    for name, parameter in layer.named_parameters():
+        assert torch.equal(doubled[name].grad, parameter.grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("where", ["fake", "meta"])
+def test_shapes_without_data(kind: str, where: str) -> None:
+    case = make_recurrent(kind, 5, 3, 6, 8)
+    expected = forward_backward(run_fastlm, case)
+    if where == "fake":
+        with FakeTensorMode() as mode:
+            got = forward_backward(run_fastlm, case.map(lambda _, tensor: mode.from_tensor(tensor)))
+    else:
+        got = forward_backward(run_fastlm, case.map(lambda _, tensor: tensor.to("meta")))
+    for name, value in got.items():
+        assert (value.shape, value.dtype, value.stride()) == (
+            expected[name].shape, expected[name].dtype, expected[name].stride()
+        ), name  # fmt: skip

@@ -1,0 +1,67 @@
+"""The product kernel: every transpose form, odd sizes, both dtypes, every ISA."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.numerics import check
+
+# (m, n, k): around tile and panel edges, skinny in each dimension, deep enough for several blocks of k.
+SHAPES = (
+    *((m, n, k) for m, n, k in zip((1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100),
+                                   (33, 63, 64, 65, 100, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31),
+                                   (9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 1, 2, 3, 7, 8), strict=True)),
+    (1, 768, 256), (768, 1, 256), (256, 256, 1), (5, 3, 2000), (130, 96, 700),
+)  # fmt: skip
+FORMS = list(product((False, True), repeat=2))
+
+
+def operands(m: int, n: int, k: int, form: tuple[bool, bool], make) -> tuple[Tensor, Tensor]:
+    transpose_a, transpose_b = form
+    return make(*((k, m) if transpose_a else (m, k))), make(*((n, k) if transpose_b else (k, n)))
+
+
+def form_id(form: tuple[bool, bool]) -> str:
+    return "".join("T" if transposed else "N" for transposed in form)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=form_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_product(isa: str, shape: tuple[int, int, int], form: tuple[bool, bool]) -> None:
+    for dtype in (torch.float32, torch.float64):
+        a, b = operands(*shape, form, lambda *size: torch.randn(size, dtype=dtype))  # noqa: B023
+        op_a, op_b = (t.mT if transposed else t for t, transposed in zip((a, b), form, strict=True))
+        # Extended precision judges both dtypes; numpy's is slow, so the deeper sizes stay few.
+        truth = op_a.numpy().astype(np.longdouble) @ op_b.numpy().astype(np.longdouble)
+        got = torch.ops.fastlm.gemm(a, b, *form)
+        check(f"gemm {dtype}", got, op_a @ op_b, torch.from_numpy(truth.astype(np.float64)))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=form_id)
+def test_small_integers_are_exact(isa: str, form: tuple[bool, bool]) -> None:
+    for (m, n, k), dtype in product(((37, 50, 300), (1, 200, 77), (200, 3, 77)), (torch.float32, torch.float64)):
+        a, b = operands(m, n, k, form, lambda *size: torch.randint(-8, 9, size).to(dtype))  # noqa: B023
+        op_a, op_b = (t.long().mT if transposed else t.long() for t, transposed in zip((a, b), form, strict=True))
+        assert torch.equal(torch.ops.fastlm.gemm(a, b, *form), (op_a @ op_b).to(dtype))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=form_id)
+def test_empty(isa: str, form: tuple[bool, bool]) -> None:
+    for m, n, k in ((0, 3, 4), (3, 0, 4), (3, 4, 0)):
+        a, b = operands(m, n, k, form, torch.ones)
+        assert torch.equal(torch.ops.fastlm.gemm(a, b, *form), torch.zeros(m, n))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=form_id)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite_stays_in_its_row_and_column(isa: str, form: tuple[bool, bool], value: float) -> None:
+    """Padding of tiles must not multiply a neighbour's infinity by zero."""
+    for m, n, k in ((5, 7, 3), (33, 17, 65)):
+        a, b = operands(m, n, k, form, torch.ones)
+        (a.mT if form[0] else a)[2, 1] = value
+        expected = torch.full((m, n), float(k))
+        expected[2] = value
+        assert torch.equal(torch.ops.fastlm.gemm(a, b, *form).nan_to_num(-1), expected.nan_to_num(-1))
