@@ -94,7 +94,8 @@ void block_times_panel(const GemmParams<T>& p, const T* a_tiles, int64_t begin, 
                        whole ? c : edge,
                        whole ? p.c_stride : kCols<T>,
                        whole ? init : Init::kZero,
-                       nullptr};
+                       nullptr,
+                       fetch_ahead(panel, kCols<T>, depth, (m - begin) / limit)};
     if (p.a_transposed) {
       tile.a = a_tiles + (m - begin) * depth, tile.a_row = 1, tile.a_k = kTileRows;
       run_tile<T, true>(rows, 1, tile);

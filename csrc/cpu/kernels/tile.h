@@ -34,7 +34,10 @@ struct TileParams {
   int64_t c_stride;
   Init init;
   const T* bias;  // (kCols), read for Init::kBias only
+  const T* next;  // what to fetch into L2 meanwhile: kLinesPerUnroll cache lines per unrolled k; never dereferenced
 };
+
+constexpr int kLinesPerUnroll = 2;
 
 // Rows R, with k dealt to P accumulators per element. kPacked says a_row is 1 (else a_k is 1): the compiler then folds
 // the strides into addresses.
@@ -62,8 +65,11 @@ __attribute__((noinline)) void tile_product(const TileParams<T>& p) {
   };
   int64_t k = 0;
   constexpr int kUnroll = P > 4 ? P : 4;
-  for (; k + kUnroll <= p.depth; k += kUnroll)
+  const T* next = p.next;
+  for (; k + kUnroll <= p.depth; k += kUnroll) {
+    for (int i = 0; i < kLinesPerUnroll; ++i, next += 64 / sizeof(T)) __builtin_prefetch(next, 0, 2);
     for (int i = 0; i < kUnroll; ++i) step(i % P);
+  }
   for (; k < p.depth; ++k) step(0);
 
   for (int r = 0; r < R; ++r)
@@ -92,6 +98,12 @@ void run_tile(int rows, int deal, const TileParams<T>& p) {
   (deal == 2 ? kDouble : kSingle)[rows - 1](p);
 }
 
+// What tile i of a block of weights fetches: its share of the block behind it, the first two tiles together all of it.
+template <class T>
+const T* fetch_ahead(const T* weights, int64_t stride, int64_t depth, int64_t i) {
+  return weights + depth * (i < 2 ? stride + i * kLinesPerUnroll * 16 / static_cast<int64_t>(sizeof(T)) : 0);
+}
+
 // C (rows, kCols) = init + A (rows, depth) * panel, with rows of A contiguous in k. `deal` = accumulators(all rows).
 template <class T>
 void panel_product(const T* a, int64_t a_stride, int64_t rows, const T* panel, int64_t panel_stride, int64_t depth,
@@ -99,12 +111,14 @@ void panel_product(const T* a, int64_t a_stride, int64_t rows, const T* panel, i
   const int64_t limit = deal == 1 ? kTileRows : deal == 2 ? 3 : 1;
   const int64_t tiles = (rows + limit - 1) / limit;
   for (int64_t k = 0; k < depth || k == 0; k += kBlockDepth<T>) {
+    const int64_t block = std::min(kBlockDepth<T>, depth - k);
+    const T* weights = panel + k * panel_stride;
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
       run_tile<T, false>(static_cast<int>(end - begin), deal,
-                         {a + begin * a_stride + k, a_stride, 1, panel + k * panel_stride, panel_stride,
-                          std::min(kBlockDepth<T>, depth - k), c + begin * c_stride, c_stride,
-                          k == 0 ? init : Init::kAccumulate, bias});
+                         {a + begin * a_stride + k, a_stride, 1, weights, panel_stride, block, c + begin * c_stride,
+                          c_stride, k == 0 ? init : Init::kAccumulate, bias,
+                          fetch_ahead(weights, panel_stride, block, i)});
     }
   }
 }
