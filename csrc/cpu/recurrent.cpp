@@ -11,7 +11,7 @@ constexpr int64_t kForwardRows = 128;          // rows per input projection: the
 constexpr int64_t kBackwardBytes = 8 << 20;    // slot gradients between weight gradients: they stay in L3
 constexpr int64_t kBackwardRowsAtLeast = 512;  // a full block of k for the weight gradients
 constexpr int64_t kRowsToSplit = 6;            // rows per member from which sharing the batch pays
-constexpr double kBytesInL2 = 256 << 10;         // recurrent weights that stay beside the rest
+constexpr double kBytesInL2 = 256 << 10;       // recurrent weights that stay beside the rest
 constexpr double kFlopsPerNs = 60;             // of one core, cautiously
 constexpr double kBytesPerNs = 40;             // weights from L3, one core
 constexpr double kNsPerThread = 12000;         // below this much work per member a second thread loses
@@ -29,8 +29,8 @@ RecurrentPlan make_plan(const Params& p, int gates, int max_threads, bool backwa
   RecurrentPlan plan{};
   plan.work_ns = static_cast<int64_t>(std::max(flops / kFlopsPerNs, bytes / kBytesPerNs));
   plan.threads = std::max(1, static_cast<int>(std::min<double>(max_threads, plan.work_ns / kNsPerThread)));
-  // Sharing the units halves the weights that a member streams through its L2 every step; where they fit anyway, sharing
-  // the batch saves the barriers.
+  // Sharing the units halves the weights that a member streams through its L2 every step; where they fit anyway,
+  // sharing the batch saves the barriers.
   const bool fits = static_cast<double>(gates) * p.hidden * p.hidden * sizeof(T) <= kBytesInL2;
   plan.split_batch = plan.threads == 1 || (fits && p.batch >= kRowsToSplit * plan.threads);
   const int64_t rows = p.seq_len * p.batch;

@@ -41,19 +41,19 @@ void pack_transposed(const T* b, int64_t stride, int64_t depth, int64_t cols, T*
     for (int64_t k = 0; k < depth; ++k) panel[k * kCols<T> + n] = n < cols ? b[n * stride + k] : T(0);
 }
 
-// Rows [begin, end) of A as stored (K, M), packed [tile][depth][kTileRows].
+// Rows [begin, end) of A as stored (K, M), packed [tile][depth][kTileRows]. Some tiles at once, since rows of A lie
+// pages apart: every line of them is then touched once.
 template <class T>
 void pack_tiles(const T* a, int64_t stride, int64_t depth, int64_t begin, int64_t end, T* packed) {
-  for (int64_t m = begin; m < end; m += kTileRows, packed += depth * kTileRows) {
-    const T* from = a + m;
-    T* to = packed;
-    if (end - m >= kTileRows) {
-      for (int64_t k = 0; k < depth; ++k, from += stride, to += kTileRows) memcpy(to, from, kTileRows * sizeof(T));
-    } else {
-      for (int64_t k = 0; k < depth; ++k, from += stride, to += kTileRows)
-        for (int64_t r = 0; r < end - m; ++r) to[r] = from[r];
-    }
-  }
+  constexpr int64_t kTogether = 8;
+  int64_t m = begin;
+  for (; m + kTogether * kTileRows <= end; m += kTogether * kTileRows, packed += kTogether * depth * kTileRows)
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t i = 0; i < kTogether; ++i)
+        memcpy(packed + (i * depth + k) * kTileRows, a + k * stride + m + i * kTileRows, kTileRows * sizeof(T));
+  for (; m < end; m += kTileRows, packed += depth * kTileRows)
+    for (int64_t k = 0; k < depth; ++k)
+      memcpy(packed + k * kTileRows, a + k * stride + m, std::min<int64_t>(kTileRows, end - m) * sizeof(T));
 }
 
 template <class T>

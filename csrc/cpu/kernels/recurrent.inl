@@ -204,6 +204,14 @@ class ForwardPass {
   const int64_t stride_;
 };
 
+constexpr int kSumVecs = 4;  // columns summed together for the biases, so that whole cache lines are read
+
+// The last slot's columns may be read kSumVecs at a time.
+template <class T>
+int64_t d_gates_stride(int64_t hidden) {
+  return padded<T>(kSlots * hidden + kSumVecs * Vec<T>::kLanes);
+}
+
 template <class T>
 struct BackwardBuffers {
   T* panels_hh;  // [block][G*H][kCols]
@@ -222,7 +230,7 @@ struct BackwardBuffers {
     BackwardBuffers buffers{};
     buffers.panels_hh = workspace.take<T>(sizes.blocks * gates * kCols<T>);
     if (p.grad_x) buffers.panels_ih = workspace.take<T>((p.input_size + kCols<T> - 1) / kCols<T> * gates * kCols<T>);
-    buffers.d_gates = workspace.take<T>(rows * padded<T>(kSlots * p.hidden));
+    buffers.d_gates = workspace.take<T>(rows * d_gates_stride<T>(p.hidden));
     buffers.dh = workspace.take<T>(state);
     buffers.dc = workspace.take<T>(state);
     buffers.edge = workspace.take<T>(plan.threads * kBlockRows * kCols<T>);
@@ -245,7 +253,7 @@ class BackwardPass {
         rows_(plan.split_batch ? team.split(p.batch) : Team::Range{0, p.batch}),
         blocks_(plan.split_batch ? Team::Range{0, sizes_.blocks} : team.split(sizes_.blocks)),
         stride_(padded<T>(p.hidden)),
-        gates_stride_(padded<T>(kSlots * p.hidden)) {}
+        gates_stride_(d_gates_stride<T>(p.hidden)) {}
 
   void run() {
     pack_weights();
@@ -380,28 +388,38 @@ class BackwardPass {
 
   void bias_gradients(int64_t steps, bool accumulate) {
     for (int gate = 0; gate < Cell::kGates; ++gate) {
-      if (p_.grad_b_ih) column_sum(steps, Cell::input_slot(gate), p_.grad_b_ih + gate * p_.hidden, accumulate);
-      if (p_.grad_b_hh) column_sum(steps, Cell::state_slot(gate), p_.grad_b_hh + gate * p_.hidden, accumulate);
+      T* ih = p_.grad_b_ih ? p_.grad_b_ih + gate * p_.hidden : nullptr;
+      T* hh = p_.grad_b_hh ? p_.grad_b_hh + gate * p_.hidden : nullptr;
+      const auto own = team_.split(p_.hidden, kSumVecs * Vec<T>::kLanes);
+      if (ih) column_sum(steps, Cell::input_slot(gate), own, ih, accumulate);
+      if (hh && ih && Cell::state_slot(gate) == Cell::input_slot(gate))
+        std::copy(ih + own.begin, ih + own.end, hh + own.begin);
+      else if (hh)
+        column_sum(steps, Cell::state_slot(gate), own, hh, accumulate);
     }
   }
 
-  // Sum over the chunk's rows, of this member's share of a slot's columns; in blocks, for accuracy over many rows.
-  void column_sum(int64_t steps, int slot, T* sums, bool accumulate) {
+  // Sum over the chunk's rows of some columns of a slot; in blocks of rows, for accuracy over many of them.
+  void column_sum(int64_t steps, int slot, Team::Range columns, T* sums, bool accumulate) {
     using V = Vec<T>;
     constexpr int64_t kBlock = 32;
     const int64_t rows = steps * p_.batch;
-    const auto own = team_.split(p_.hidden, V::kLanes);
-    for (int64_t u = own.begin; u < own.end; u += V::kLanes) {
-      const int64_t n = std::min<int64_t>(V::kLanes, own.end - u);
-      V total = V::zero();
+    for (int64_t u = columns.begin; u < columns.end; u += kSumVecs * V::kLanes) {
+      V total[kSumVecs];
+      for (auto& t : total) t = V::zero();
       for (int64_t row = 0; row < rows;) {
-        V block = V::zero();
+        V block[kSumVecs];
+        for (auto& b : block) b = V::zero();
         for (const int64_t end = std::min(rows, row + kBlock); row < end; ++row)
-          block = block + V::load(d_gates(row) + slot * p_.hidden + u);
-        total = total + block;
+          for (int v = 0; v < kSumVecs; ++v)
+            block[v] = block[v] + V::load(d_gates(row) + slot * p_.hidden + u + v * V::kLanes);
+        for (int v = 0; v < kSumVecs; ++v) total[v] = total[v] + block[v];
       }
-      if (accumulate) total = total + V::load_partial(sums + u, n);
-      total.store_partial(sums + u, n);
+      for (int v = 0; v < kSumVecs; ++v) {
+        const int64_t first = u + v * V::kLanes, n = std::clamp<int64_t>(columns.end - first, 0, V::kLanes);
+        if (accumulate) total[v] = total[v] + V::load_partial(sums + first, n);
+        total[v].store_partial(sums + first, n);
+      }
     }
   }
 

@@ -115,10 +115,10 @@ void panel_product(const T* a, int64_t a_stride, int64_t rows, const T* panel, i
     const T* weights = panel + k * panel_stride;
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
-      run_tile<T, false>(static_cast<int>(end - begin), deal,
-                         {a + begin * a_stride + k, a_stride, 1, weights, panel_stride, block, c + begin * c_stride,
-                          c_stride, k == 0 ? init : Init::kAccumulate, bias,
-                          fetch_ahead(weights, panel_stride, block, i)});
+      run_tile<T, false>(
+          static_cast<int>(end - begin), deal,
+          {a + begin * a_stride + k, a_stride, 1, weights, panel_stride, block, c + begin * c_stride, c_stride,
+           k == 0 ? init : Init::kAccumulate, bias, fetch_ahead(weights, panel_stride, block, i)});
     }
   }
 }
