@@ -20,7 +20,6 @@ struct GruCell {
     int slot, gate, count;
   };
   static constexpr Run kStateRuns[] = {{kSlotReset, kReset, 2}, {kSlotNewState, kNew, 1}};
-  static constexpr int kRuns = 2;
 
   // to[u] = what units [unit, unit + n) of a slot start from.
   template <class T>

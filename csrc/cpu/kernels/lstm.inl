@@ -18,7 +18,6 @@ struct LstmCell {
     int slot, gate, count;
   };
   static constexpr Run kStateRuns[] = {{0, 0, kGates}};
-  static constexpr int kRuns = 1;
 
   // to[u] = what units [unit, unit + n) of a slot start from.
   template <class T>

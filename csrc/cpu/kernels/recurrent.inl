@@ -27,6 +27,15 @@ int64_t padded(int64_t n) {
   return (n + kCols<T> - 1) / kCols<T> * kCols<T> + line;
 }
 
+// How many rows of this depth stay in L2 while panel after panel of weights passes by; and what depth, for many rows.
+template <class T>
+int64_t rows_in_cache(int64_t depth) {
+  constexpr int64_t kElements = (192 << 10) / sizeof(T);
+  return std::max<int64_t>(kElements / std::max<int64_t>(depth, 1) / kTileRows, 4) * kTileRows;
+}
+template <class T>
+constexpr int64_t kDepthInCache = 2 * kBlockDepth<T>;
+
 template <class T>
 struct RecurrentSizes {
   int64_t blocks, units, slots_width;  // blocks of hidden units; units of a block; one row of a block's four slots
@@ -144,16 +153,23 @@ class ForwardPass {
 
   // Rows of all steps at once where this member has the whole batch, else step by step.
   void project_input(int64_t t0, int64_t steps) {
-    const bool whole = rows_.end - rows_.begin == p_.batch;
-    const int64_t rows = whole ? steps * p_.batch : rows_.end - rows_.begin;
+    if (rows_.end - rows_.begin < p_.batch) {
+      for (int64_t t = 0; t < steps; ++t) project_rows(t0, t * p_.batch + rows_.begin, rows_.end - rows_.begin);
+      return;
+    }
+    const int64_t rows = steps * p_.batch, together = rows_in_cache<T>(p_.input_size);
+    for (int64_t row = 0; row < rows; row += together) project_rows(t0, row, std::min(together, rows - row));
+  }
+
+  // Rows [row, row + count) of the chunk, counted over time and batch, for this member's units.
+  void project_rows(int64_t t0, int64_t row, int64_t count) {
     const int deal = accumulators(p_.seq_len * p_.batch);
+    const T* x = p_.x + (t0 * p_.batch + row) * p_.input_size;
     for (int64_t block = blocks_.begin; block < blocks_.end; ++block)
       for (int gate = 0; gate < Cell::kGates; ++gate) {
         const int slot = Cell::input_slot(gate);
-        for (int64_t t = 0; t < (whole ? 1 : steps); ++t)
-          product(p_.x + ((t0 + t) * p_.batch + rows_.begin) * p_.input_size, p_.input_size, rows, buffers_.panels_ih,
-                  p_.w_ih, p_.input_size, block, gate, slots(block, t, rows_.begin) + slot * kCols<T>, Init::kBias,
-                  bias(block, slot), deal);
+        product(x, p_.input_size, count, buffers_.panels_ih, p_.w_ih, p_.input_size, block, gate,
+                slots(block, 0, row) + slot * kCols<T>, Init::kBias, bias(block, slot), deal);
       }
   }
 
@@ -325,17 +341,21 @@ class BackwardPass {
     if (!plan_.split_batch) team_.barrier();
     if (step == 0 && !p_.grad_h0) return;
     const T* a = d_gates(chunk_time * p_.batch + rows_.begin);
+    bool first = !Cell::kCarriesHidden;
+    for (const auto& run : Cell::kStateRuns)
+      for (int64_t k = 0; k < run.count * p_.hidden; k += kDepthInCache<T>, first = false)
+        carry_back(a + run.slot * p_.hidden + k, run.gate * p_.hidden + k,
+                   std::min(kDepthInCache<T>, run.count * p_.hidden - k), first ? Init::kZero : Init::kAccumulate);
+  }
+
+  // dh (own rows, own units) = init + a times rows [k, k + depth) of the recurrent weights.
+  void carry_back(const T* a, int64_t k, int64_t depth, Init init) {
     const int deal = accumulators(p_.batch);
     for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
-      T* dh = buffers_.dh + rows_.begin * stride_ + block * kCols<T>;
       const auto panel = this->panel(buffers_.panels_hh, p_.w_hh, p_.hidden, block);
-      for (int i = 0; i < Cell::kRuns; ++i) {
-        const auto run = Cell::kStateRuns[i];
-        panel_product(a + run.slot * p_.hidden, gates_stride_, rows_.end - rows_.begin,
-                      panel.data + run.gate * p_.hidden * panel.stride, panel.stride, run.count * p_.hidden, dh,
-                      stride_, i == 0 && !Cell::kCarriesHidden ? Init::kZero : Init::kAccumulate,
-                      static_cast<const T*>(nullptr), deal);
-      }
+      panel_product(a, gates_stride_, rows_.end - rows_.begin, panel.data + k * panel.stride, panel.stride, depth,
+                    buffers_.dh + rows_.begin * stride_ + block * kCols<T>, stride_, init,
+                    static_cast<const T*>(nullptr), deal);
     }
   }
 
@@ -349,22 +369,26 @@ class BackwardPass {
     if (!p_.grad_x) return;
     const int64_t depth = Cell::kGates * p_.hidden;
     const auto rows = team_.split(steps * p_.batch, kTileRows);
+    for (int64_t m = rows.begin; m < rows.end; m += kBlockRows)
+      for (int64_t k = 0; k < depth; k += kDepthInCache<T>)
+        input_gradient_block(p_.grad_x + (t0 * p_.batch + m) * p_.input_size, m, std::min(kBlockRows, rows.end - m), k,
+                             std::min(kDepthInCache<T>, depth - k));
+  }
+
+  // Adds the part of gate rows [k, k + depth) to `count` rows of grad_x, from row m of the chunk on.
+  void input_gradient_block(T* grad_x, int64_t m, int64_t count, int64_t k, int64_t depth) {
     const int deal = accumulators(p_.seq_len * p_.batch);
     T* edge = buffers_.edge + team_.rank * kBlockRows * kCols<T>;
-    T* grad_x = p_.grad_x + t0 * p_.batch * p_.input_size;
-    for (int64_t m = rows.begin; m < rows.end; m += kBlockRows) {
-      const int64_t count = std::min(kBlockRows, rows.end - m);
-      for (int64_t col = 0; col < p_.input_size; col += kCols<T>) {
-        const int64_t cols = std::min(kCols<T>, p_.input_size - col);
-        const bool whole = cols == kCols<T>;
-        T* c = grad_x + m * p_.input_size + col;
-        const auto panel = this->panel(buffers_.panels_ih, p_.w_ih, p_.input_size, col / kCols<T>);
-        panel_product(static_cast<const T*>(d_gates(m)), gates_stride_, count, panel.data, panel.stride, depth,
-                      whole ? c : edge, whole ? p_.input_size : kCols<T>, Init::kZero, static_cast<const T*>(nullptr),
-                      deal);
-        if (!whole)
-          for (int64_t r = 0; r < count; ++r) std::copy_n(edge + r * kCols<T>, cols, c + r * p_.input_size);
-      }
+    for (int64_t col = 0; col < p_.input_size; col += kCols<T>) {
+      const int64_t cols = std::min(kCols<T>, p_.input_size - col);
+      const bool whole = cols == kCols<T>;
+      const auto panel = this->panel(buffers_.panels_ih, p_.w_ih, p_.input_size, col / kCols<T>);
+      panel_product(static_cast<const T*>(d_gates(m) + k), gates_stride_, count, panel.data + k * panel.stride,
+                    panel.stride, depth, whole ? grad_x + col : edge, whole ? p_.input_size : kCols<T>,
+                    k == 0 ? Init::kZero : Init::kAccumulate, static_cast<const T*>(nullptr), deal);
+      // The last, partial panel is summed up aside, since a tile writes whole vectors.
+      if (!whole && k + depth == Cell::kGates * p_.hidden)
+        for (int64_t r = 0; r < count; ++r) std::copy_n(edge + r * kCols<T>, cols, grad_x + r * p_.input_size + col);
     }
   }
 
