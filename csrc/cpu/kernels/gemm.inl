@@ -87,7 +87,6 @@ void block_times_panel(const GemmParams<T>& p, const T* a_tiles, int64_t begin, 
     const bool whole = cols == kCols<T>;
     TileParams<T> tile{nullptr,
                        p.a_stride,
-                       1,
                        panel,
                        kCols<T>,
                        depth,
@@ -97,7 +96,7 @@ void block_times_panel(const GemmParams<T>& p, const T* a_tiles, int64_t begin, 
                        nullptr,
                        fetch_ahead(panel, kCols<T>, depth, (m - begin) / limit)};
     if (p.a_transposed) {
-      tile.a = a_tiles + (m - begin) * depth, tile.a_row = 1, tile.a_k = kTileRows;
+      tile.a = a_tiles + (m - begin) * depth;
       run_tile<T, true>(rows, 1, tile);
     } else {
       tile.a = p.a + m * p.a_stride + k;

@@ -25,22 +25,22 @@ enum class Init { kZero, kBias, kAccumulate };
 
 template <class T>
 struct TileParams {
-  const T* a;          // first element of the tile's first row
-  int64_t a_row, a_k;  // strides of A between rows and between k
-  const T* panel;      // [depth][kCols] at panel_stride
+  const T* a;      // first element of the tile's first row
+  int64_t a_row;   // stride of A between rows, which are contiguous in k; unused where A is packed
+  const T* panel;  // [depth][kCols] at panel_stride
   int64_t panel_stride;
   int64_t depth;
   T* c;  // (rows, kCols) at c_stride
   int64_t c_stride;
   Init init;
   const T* bias;  // (kCols), read for Init::kBias only
-  const T* next;  // what to fetch into L2 meanwhile: kLinesPerUnroll cache lines per unrolled k; never dereferenced
+  const T* next;  // what to fetch into L2 meanwhile, kFetchPerDepth elements per k; never dereferenced
 };
 
-constexpr int kLinesPerUnroll = 2;
+template <class T>
+constexpr int64_t kFetchPerDepth = 32 / sizeof(T);
 
-// Rows R, with k dealt to P accumulators per element. kPacked says a_row is 1 (else a_k is 1): the compiler then folds
-// the strides into addresses.
+// Rows R, with k dealt to P accumulators per element. kPacked: A lies as [depth][kTileRows].
 template <class T, int R, int P, bool kPacked>
 __attribute__((noinline)) void tile_product(const TileParams<T>& p) {
   using V = Vec<T>;
@@ -51,26 +51,25 @@ __attribute__((noinline)) void tile_product(const TileParams<T>& p) {
   if (p.init == Init::kAccumulate)
     for (int r = 0; r < R; ++r) __builtin_prefetch(p.c + r * p.c_stride, 1);
 
-  const T* a = p.a;
+  const T* rows[R];
+  for (int r = 0; r < R; ++r) rows[r] = kPacked ? p.a + r : p.a + r * p.a_row;
   const T* panel = p.panel;
-  const auto step = [&](int i) FASTLM_LAMBDA_INLINE {
+  const auto step = [&](int i, int64_t k) FASTLM_LAMBDA_INLINE {
     V b[kTileVecs];
     for (int v = 0; v < kTileVecs; ++v) b[v] = V::load(panel + v * V::kLanes);
     for (int r = 0; r < R; ++r) {
-      const V value = V::broadcast(kPacked ? a[r] : a[r * p.a_row]);
+      const V value = V::broadcast(kPacked ? rows[0][k * kTileRows + r] : rows[r][k]);
       for (int v = 0; v < kTileVecs; ++v) acc[i][r][v] = fma(value, b[v], acc[i][r][v]);
     }
-    a += kPacked ? p.a_k : 1;
     panel += p.panel_stride;
   };
   int64_t k = 0;
-  constexpr int kUnroll = P > 4 ? P : 4;
-  const T* next = p.next;
-  for (; k + kUnroll <= p.depth; k += kUnroll) {
-    for (int i = 0; i < kLinesPerUnroll; ++i, next += 64 / sizeof(T)) __builtin_prefetch(next, 0, 2);
-    for (int i = 0; i < kUnroll; ++i) step(i % P);
+#pragma GCC unroll 2
+  for (; k + 2 * P <= p.depth; k += 2 * P) {
+    __builtin_prefetch(p.next + k * kFetchPerDepth<T>, 0, 2);
+    for (int i = 0; i < 2 * P; ++i) step(i % P, k + i);
   }
-  for (; k < p.depth; ++k) step(0);
+  for (; k < p.depth; ++k) step(0, k);
 
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < kTileVecs; ++v) {
@@ -101,7 +100,7 @@ void run_tile(int rows, int deal, const TileParams<T>& p) {
 // What tile i of a block of weights fetches: its share of the block behind it, the first two tiles together all of it.
 template <class T>
 const T* fetch_ahead(const T* weights, int64_t stride, int64_t depth, int64_t i) {
-  return weights + depth * (i < 2 ? stride + i * kLinesPerUnroll * 16 / static_cast<int64_t>(sizeof(T)) : 0);
+  return weights + depth * (i < 2 ? stride + i * kFetchPerDepth<T> : 0);
 }
 
 // C (rows, kCols) = init + A (rows, depth) * panel, with rows of A contiguous in k. `deal` = accumulators(all rows).
@@ -117,7 +116,7 @@ void panel_product(const T* a, int64_t a_stride, int64_t rows, const T* panel, i
       const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
       run_tile<T, false>(
           static_cast<int>(end - begin), deal,
-          {a + begin * a_stride + k, a_stride, 1, weights, panel_stride, block, c + begin * c_stride, c_stride,
+          {a + begin * a_stride + k, a_stride, weights, panel_stride, block, c + begin * c_stride, c_stride,
            k == 0 ? init : Init::kAccumulate, bias, fetch_ahead(weights, panel_stride, block, i)});
     }
   }
