@@ -57,7 +57,12 @@ def explain(x: torch.nn.Module | Callable[..., object], *inputs: object) -> Repo
     Returns:
         For a model alone: "replaced" {name: class} and "left" {name: reason}. For a call: "backend" ("cpu",
         "reference", both where calls differ, None where no operation of fastlm was called), "kernel", "reasons".
+
+    Raises:
+        TypeError: x can be neither looked into nor called.
     """
+    if not callable(x):
+        raise TypeError(f"fastlm.explain: expected a torch.nn.Module or a function, got {type(x).__name__}")
     if inputs or not isinstance(x, torch.nn.Module):
         return _explain_call(x, inputs)
     replaced, left = {}, {}

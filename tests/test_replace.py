@@ -176,3 +176,8 @@ def test_nothing_is_recorded_otherwise() -> None:
         fastlm.explain(lambda: 1 / 0)
     fastlm.nn.GRU(5, 7)(torch.randn(6, 4, 5))
     assert _trace.calls is None
+
+
+def test_explain_refuses_what_it_cannot_call() -> None:
+    with pytest.raises(TypeError, match=r"fastlm.explain: expected a torch.nn.Module or a function, got int"):
+        fastlm.explain(3)

@@ -31,8 +31,8 @@ inline void check(bool holds, const std::string& message) {
   if (!holds) throw std::invalid_argument("fastlm: " + message);
 }
 
-// The dense form of an input, checked against what the kernel will read. Python has said it better before; this only
-// keeps a wrong direct call of the op from reading past the end.
+// The dense form of an input, checked against what the kernel will read. It keeps a
+// wrong call from reading past the end; fastlm/ops then says it again by the argument's name.
 inline Tensor dense(const Tensor& tensor, const char* name, const std::vector<int64_t>& shape, ScalarType dtype) {
   check(tensor.dim() == static_cast<int64_t>(shape.size()), std::string(name) + ": wrong number of dimensions");
   for (size_t i = 0; i < shape.size(); ++i)
