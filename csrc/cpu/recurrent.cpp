@@ -7,7 +7,8 @@ namespace fastlm::cpu {
 namespace {
 
 // Chunks depend on sizes alone, never on threads, so that sums come out the same.
-constexpr int64_t kForwardRows = 128;          // rows per input projection: the sums stay in L2
+constexpr int64_t kForwardRows = 128;          // rows per input projection: the sums stay in L2; half of it where
+                                               // two chunks' sums are kept
 constexpr int64_t kBackwardBytes = 8 << 20;    // slot gradients between weight gradients: they stay in L3
 constexpr int64_t kBackwardRowsAtLeast = 512;  // a full block of k for the weight gradients
 constexpr int64_t kRowsToSplit = 6;            // rows per member from which sharing the batch pays
@@ -34,8 +35,8 @@ RecurrentPlan make_plan(const Params& p, int gates, int max_threads, bool backwa
   const bool fits = static_cast<double>(gates) * p.hidden * p.hidden * sizeof(T) <= kBytesInL2;
   plan.split_batch = plan.threads == 1 || (fits && p.batch >= kRowsToSplit * plan.threads);
   const int64_t rows = p.seq_len * p.batch;
-  plan.direct = backward ? rows <= 6 : rows <= 16 || (p.seq_len == 1 && rows <= 48);
-  plan.forward_chunk = chunk_steps(kForwardRows, p.batch, p.seq_len);
+  plan.direct = rows <= (backward ? 6 : 16) || (p.seq_len == 1 && rows <= 48);
+  plan.forward_chunk = chunk_steps(plan.split_batch ? kForwardRows : kForwardRows / 2, p.batch, p.seq_len);
   const int64_t row_bytes = kSlots * p.hidden * static_cast<int64_t>(sizeof(T));
   plan.backward_chunk =
       chunk_steps(std::max(kBackwardRowsAtLeast, kBackwardBytes / std::max<int64_t>(row_bytes, 1)), p.batch, p.seq_len);

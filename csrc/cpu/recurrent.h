@@ -12,7 +12,7 @@ namespace fastlm::cpu {
 struct RecurrentPlan {
   int threads;             // wanted members
   bool split_batch;        // share rows of the batch, or units of the hidden state (one barrier a step)
-  bool direct;             // so few rows in all that weights are read in place, not packed
+  bool direct;             // so few rows in all that weights are not packed beforehand but read in place
   int64_t forward_chunk;   // steps whose input projection is made at once
   int64_t backward_chunk;  // steps between two rounds of weight gradients
   int64_t work_ns;         // rough time on one thread

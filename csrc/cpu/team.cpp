@@ -47,6 +47,20 @@ bool TeamState::close(uint64_t seen) {
   return true;
 }
 
+int64_t TeamState::take(int owner, uint16_t round, int64_t begin, int64_t end, bool last) {
+  std::atomic<uint64_t>& left = shares_[owner].left;
+  uint64_t seen = left.load(std::memory_order_relaxed);
+  for (;;) {
+    const auto ahead = static_cast<int16_t>(static_cast<uint16_t>(seen >> 48) - round);
+    if (ahead > 0) return -1;  // the owner is rounds further
+    if (ahead == 0) begin = seen >> 24 & 0xffffff, end = seen & 0xffffff;
+    if (begin >= end) return -1;
+    const int64_t from = last ? begin : begin + 1, to = last ? end - 1 : end;
+    if (left.compare_exchange_weak(seen, uint64_t{round} << 48 | from << 24 | to, std::memory_order_relaxed))
+      return last ? to : begin;
+  }
+}
+
 void TeamState::barrier() {
   const int generation = generation_.load(std::memory_order_acquire);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size()) {

@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 
 namespace fastlm::cpu {
 
@@ -16,17 +17,25 @@ using ParallelFor = void (*)(int64_t begin, int64_t end, ParallelBody body, void
 
 class TeamState {
  public:
-  explicit TeamState(int wanted) : wanted_(wanted) {}
+  explicit TeamState(int wanted) : wanted_(wanted), shares_(wanted > 1 ? new Share[wanted] : nullptr) {}
 
   // Joins with a chunk of `covered` of the wanted members; returns the rank, or -1 when the door is closed.
   int join(int covered, int64_t patience_ns);
   int size() const { return size_.load(std::memory_order_acquire); }
   void barrier();
 
+  // Takes one of the items [begin, end) that `owner` has in a round, from either end; -1 when none is left.
+  int64_t take(int owner, uint16_t round, int64_t begin, int64_t end, bool last);
+
  private:
+  // What is left of a member's items: round << 48 | begin << 24 | end. Whoever comes first fills it in.
+  struct alignas(64) Share {
+    std::atomic<uint64_t> left{0};
+  };
   bool close(uint64_t seen);
 
   const int wanted_;
+  const std::unique_ptr<Share[]> shares_;
   alignas(64) std::atomic<uint64_t> door_{0};  // members | covered << 16 | closed << 32
   std::atomic<int> size_{0};
   alignas(64) std::atomic<int> arrived_{0};
@@ -46,14 +55,35 @@ class Team {
   struct Range {
     int64_t begin, end;
   };
-  Range split(int64_t n, int64_t unit = 1) const {
-    const int64_t units = (n + unit - 1) / unit;
-    const int64_t begin = units * rank / size * unit, end = units * (rank + 1) / size * unit;
-    return {begin < n ? begin : n, end < n ? end : n};
+  Range split(int64_t n, int64_t unit = 1) const { return part(rank, n, unit); }
+
+  // Runs body(item) for n items (below 2^24) between all members, each once: a member begins with its own part, the
+  // same every time so that what they read stays in its cache, and then helps those behind, for cores differ in speed
+  // from moment to moment. Every member calls it; no barrier at the end. `backwards`: own items from the last on; every
+  // second time, so that an item finds in the cache what the last round left there.
+  template <class Body>
+  void share(int64_t n, bool backwards, const Body& body) const {
+    ++round_;
+    for (int turn = 0; turn < size; ++turn) {
+      const int owner = (rank + turn) % size;
+      const Range items = part(owner, n, 1);
+      const bool last = backwards == (turn == 0);
+      if (size == 1)
+        for (int64_t i = 0; i < n; ++i) body(last ? n - 1 - i : i);
+      else
+        for (int64_t item; (item = state_->take(owner, round_, items.begin, items.end, last)) >= 0;) body(item);
+    }
   }
 
  private:
+  Range part(int member, int64_t n, int64_t unit) const {
+    const int64_t units = (n + unit - 1) / unit;
+    const int64_t begin = units * member / size * unit, end = units * (member + 1) / size * unit;
+    return {begin < n ? begin : n, end < n ? end : n};
+  }
+
   TeamState* state_;
+  mutable uint16_t round_ = 0;  // of share(), the same in all members
 };
 
 // Runs body(team) on up to `wanted` threads. `work_ns` (an estimate) sets how long a member waits for the others.

@@ -3,8 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
-#include <new>
 
 namespace fastlm::cpu {
 
@@ -13,7 +11,7 @@ class Workspace {
   Workspace() = default;
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
-  ~Workspace() { std::free(base_); }
+  ~Workspace();
 
   // A piece of n elements; null while counting.
   template <class T>
@@ -24,16 +22,12 @@ class Workspace {
     return base_ ? reinterpret_cast<T*>(base_ + offset) : nullptr;
   }
 
-  // Ends counting: allocates and starts over.
-  void allocate() {
-    base_ = static_cast<char*>(std::aligned_alloc(64, used_ + 64));
-    if (!base_) throw std::bad_alloc();
-    used_ = 0;
-  }
+  // Ends counting: allocates and starts over. Throws std::bad_alloc.
+  void allocate();
 
  private:
   char* base_ = nullptr;
-  int64_t used_ = 0;
+  int64_t size_ = 0, used_ = 0;
 };
 
 }  // namespace fastlm::cpu

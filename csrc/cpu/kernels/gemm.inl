@@ -51,9 +51,14 @@ void pack_tiles(const T* a, int64_t stride, int64_t depth, int64_t begin, int64_
     for (int64_t k = 0; k < depth; ++k)
       for (int64_t i = 0; i < kTogether; ++i)
         memcpy(packed + (i * depth + k) * kTileRows, a + k * stride + m + i * kTileRows, kTileRows * sizeof(T));
-  for (; m < end; m += kTileRows, packed += depth * kTileRows)
-    for (int64_t k = 0; k < depth; ++k)
-      memcpy(packed + k * kTileRows, a + k * stride + m, std::min<int64_t>(kTileRows, end - m) * sizeof(T));
+  for (; m + kTileRows <= end; m += kTileRows, packed += depth * kTileRows)
+    for (int64_t k = 0; k < depth; ++k) memcpy(packed + k * kTileRows, a + k * stride + m, kTileRows * sizeof(T));
+  for (int64_t k = 0; m < end && k < depth; ++k) std::copy_n(a + k * stride + m, end - m, packed + k * kTileRows);
+}
+
+template <class T>
+constexpr int64_t panels_for(int64_t cols) {
+  return (cols + kCols<T> - 1) / kCols<T>;
 }
 
 template <class T>
@@ -63,8 +68,7 @@ struct GemmBuffers {
   T* edge;      // kTileRows x kCols per member
 
   template <class W>
-  static GemmBuffers take(W& workspace, int64_t n, int64_t k, int members) {
-    const int64_t panels = (n + kCols<T> - 1) / kCols<T>;
+  static GemmBuffers take(W& workspace, int64_t panels, int64_t k, int members) {
     GemmBuffers buffers;
     buffers.b_panels = workspace.template take<T>(panels * std::min(k, kBlockDepth<T>) * kCols<T>);
     buffers.a_tiles = workspace.template take<T>(members * kBlockRows * kBlockDepth<T>);
@@ -94,7 +98,7 @@ void block_times_panel(const GemmParams<T>& p, const T* a_tiles, int64_t begin, 
                        whole ? p.c_stride : kCols<T>,
                        whole ? init : Init::kZero,
                        nullptr,
-                       fetch_ahead(panel, kCols<T>, depth, (m - begin) / limit)};
+                       fetch_ahead(panel, panel + depth * kCols<T>, (m - begin) / limit)};
     if (p.a_transposed) {
       tile.a = a_tiles + (m - begin) * depth;
       run_tile<T, true>(rows, 1, tile);
@@ -111,8 +115,90 @@ void block_times_panel(const GemmParams<T>& p, const T* a_tiles, int64_t begin, 
 
 // Up to this many rows, packing B costs more than it gives.
 constexpr int64_t kDirectRows = 48;
+// Up to this depth a tile's arithmetic is no longer than the writing of C, which then goes row by row.
+constexpr int64_t kShallow = 64;
+
+// One or two products C = op(A) op(B) that share A (m, k and all that is said of A), each with its own B and C.
+template <class T>
+struct Products {
+  const GemmParams<T>* parts;
+  int count;
+
+  int64_t panels() const { return panels_for<T>(parts[0].n) + (count > 1 ? panels_for<T>(parts[1].n) : 0); }
+  struct Panel {
+    const GemmParams<T>& p;
+    int64_t col, cols;
+  };
+  Panel panel(int64_t i) const {
+    const int64_t first = panels_for<T>(parts[0].n);
+    const bool second = i >= first;
+    const int64_t col = (second ? i - first : i) * kCols<T>;
+    return {parts[second], col, std::min(kCols<T>, parts[second].n - col)};
+  }
+};
+
+// Panel i of B for one block of k.
+template <class T>
+void pack_panel(const Products<T>& products, int64_t i, int64_t k, int64_t depth, T* to) {
+  const auto [p, col, cols] = products.panel(i);
+  if (p.b_transposed)
+    pack_transposed(p.b + col * p.b_stride + k, p.b_stride, depth, cols, to);
+  else
+    pack_rows(p.b + k * p.b_stride + col, p.b_stride, depth, cols, to);
+}
+
+// Rows [begin, end), at most kBlockRows, of panels `own` of C: one block of k.
+template <class T>
+void block_times_panels(const Products<T>& products, int64_t begin, int64_t end, Team::Range own, int64_t k,
+                        int64_t depth, const T* b_panels, T* a_tiles, T* edge) {
+  const auto& p = products.parts[0];
+  if (p.a_transposed) pack_tiles(p.a + k * p.a_stride, p.a_stride, depth, begin, end, a_tiles);
+  const int64_t together = depth <= kShallow ? kTileRows : end - begin;
+  for (int64_t m = begin; m < end; m += together)
+    for (int64_t i = own.begin; i < own.end; ++i) {
+      const auto panel = products.panel(i);
+      block_times_panel(panel.p, static_cast<const T*>(a_tiles + (m - begin) * depth), m, std::min(end, m + together),
+                        k, depth, b_panels + i * depth * kCols<T>, panel.col, edge);
+    }
+}
+
+template <class T>
+void fill_zero(const GemmParams<T>& p, const Team& team) {
+  const auto own = team.split(p.m);
+  for (int64_t m = own.begin; m < own.end; ++m) std::fill_n(p.c + m * p.c_stride, p.n, T(0));
+}
 
 // Run by every member. Ends without a barrier: whoever reads C from another member's part waits first.
+template <class T>
+void gemm(const Products<T>& products, const GemmBuffers<T>& buffers, const Team& team) {
+  const auto& p = products.parts[0];
+  for (int i = 0; p.k == 0 && i < products.count; ++i)
+    if (!products.parts[i].accumulate) fill_zero(products.parts[i], team);
+  const int64_t panels = products.panels();
+  const bool split_rows = p.m >= 2 * kTileRows * team.size && (p.m >= panels * kCols<T> || panels < 2 * team.size);
+  // Items of equal size, as many for each member.
+  const int64_t rounds = std::max<int64_t>(1, (p.m + team.size * kBlockRows - 1) / (team.size * kBlockRows));
+  const int64_t share = (p.m + team.size * rounds - 1) / (team.size * rounds);
+  const int64_t item_rows = split_rows ? (share + kTileRows - 1) / kTileRows * kTileRows : kBlockRows;
+  T* a_tiles = buffers.a_tiles + team.rank * kBlockRows * kBlockDepth<T>;
+  T* edge = buffers.edge + team.rank * kTileRows * kCols<T>;
+  for (int64_t k = 0; k < p.k; k += kBlockDepth<T>) {
+    const int64_t depth = std::min(kBlockDepth<T>, p.k - k);
+    if (k > 0) team.barrier();
+    team.share(panels, false,
+               [&](int64_t i) { pack_panel(products, i, k, depth, buffers.b_panels + i * depth * kCols<T>); });
+    team.barrier();
+    const auto rows_times = [&](int64_t m, Team::Range own) {
+      block_times_panels(products, m, std::min(p.m, m + item_rows), own, k, depth,
+                         static_cast<const T*>(buffers.b_panels), a_tiles, edge);
+    };
+    if (split_rows)
+      team.share((p.m + item_rows - 1) / item_rows, false, [&](int64_t i) { rows_times(i * item_rows, {0, panels}); });
+    else
+      for (int64_t m = 0; m < p.m; m += item_rows) rows_times(m, team.split(panels));
+  }
+}
+
 template <class T>
 void gemm(const GemmParams<T>& p, const GemmBuffers<T>& buffers, const Team& team) {
   if (p.b_transposed && !p.a_transposed && p.m <= kDirectRows) {
@@ -121,37 +207,7 @@ void gemm(const GemmParams<T>& p, const GemmBuffers<T>& buffers, const Team& tea
                            p.c + own.begin, p.c_stride, p.accumulate ? Init::kAccumulate : Init::kZero, nullptr},
                           p.m);
   }
-  if (p.k == 0 && !p.accumulate) {
-    const auto own = team.split(p.m);
-    for (int64_t m = own.begin; m < own.end; ++m) std::fill_n(p.c + m * p.c_stride, p.n, T(0));
-    return;
-  }
-  const int64_t panels = (p.n + kCols<T> - 1) / kCols<T>;
-  const bool split_rows = p.m >= 2 * kTileRows * team.size && (p.m >= p.n || panels < 2 * team.size);
-  const auto rows = split_rows ? team.split(p.m, kTileRows) : Team::Range{0, p.m};
-  const auto own = split_rows ? Team::Range{0, panels} : team.split(panels);
-  const auto to_pack = team.split(panels);
-  T* a_tiles = buffers.a_tiles + team.rank * kBlockRows * kBlockDepth<T>;
-  T* edge = buffers.edge + team.rank * kTileRows * kCols<T>;
-  for (int64_t k = 0; k < p.k; k += kBlockDepth<T>) {
-    const int64_t depth = std::min(kBlockDepth<T>, p.k - k);
-    if (k > 0) team.barrier();
-    for (int64_t i = to_pack.begin; i < to_pack.end; ++i) {
-      const int64_t col = i * kCols<T>, cols = std::min(kCols<T>, p.n - col);
-      T* panel = buffers.b_panels + i * depth * kCols<T>;
-      if (p.b_transposed)
-        pack_transposed(p.b + col * p.b_stride + k, p.b_stride, depth, cols, panel);
-      else
-        pack_rows(p.b + k * p.b_stride + col, p.b_stride, depth, cols, panel);
-    }
-    team.barrier();
-    for (int64_t m = rows.begin; m < rows.end; m += kBlockRows) {
-      const int64_t end = std::min(rows.end, m + kBlockRows);
-      if (p.a_transposed) pack_tiles(p.a + k * p.a_stride, p.a_stride, depth, m, end, a_tiles);
-      for (int64_t i = own.begin; i < own.end; ++i)
-        block_times_panel(p, a_tiles, m, end, k, depth, buffers.b_panels + i * depth * kCols<T>, i * kCols<T>, edge);
-    }
-  }
+  gemm(Products<T>{&p, 1}, buffers, team);
 }
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

@@ -12,9 +12,9 @@ namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 template <class T>
 void gemm_entry(const GemmParams<T>& p, int threads, ParallelFor parallel_for) {
   Workspace workspace;
-  GemmBuffers<T>::take(workspace, p.n, p.k, threads);
+  GemmBuffers<T>::take(workspace, panels_for<T>(p.n), p.k, threads);
   workspace.allocate();
-  const auto buffers = GemmBuffers<T>::take(workspace, p.n, p.k, threads);
+  const auto buffers = GemmBuffers<T>::take(workspace, panels_for<T>(p.n), p.k, threads);
   const auto work_ns = static_cast<int64_t>(2. * p.m * p.n * p.k / 60);
   run_team(parallel_for, threads, work_ns, [&](const Team& team) { gemm(p, buffers, team); });
 }

@@ -15,11 +15,14 @@ struct GruCell {
   // Slots that a gate's input and state parts go to; only n keeps them apart.
   static constexpr int input_slot(int gate) { return gate; }
   static constexpr int state_slot(int gate) { return gate == kNew ? kSlotNewState : gate; }
-  // The state's slots as runs of neighbours: `count` gates from `gate` on lie from `slot` on.
+  // The slots as runs of neighbours: `count` gates from `gate` on lie from `slot` on, as parts of input, state or both.
   struct Run {
     int slot, gate, count;
+    bool input, state;
   };
-  static constexpr Run kStateRuns[] = {{kSlotReset, kReset, 2}, {kSlotNewState, kNew, 1}};
+  static constexpr Run kRuns[] = {{kSlotReset, kReset, 2, true, true},
+                                   {kSlotNewInput, kNew, 1, true, false},
+                                   {kSlotNewState, kNew, 1, false, true}};
 
   // to[u] = what units [unit, unit + n) of a slot start from.
   template <class T>
@@ -39,10 +42,9 @@ struct GruCell {
     int64_t hidden;
   };
 
-  // Units [u, u + n) of one row, n <= kLanes.
-  template <class T>
+  // Units [u, u + n) of one row, n <= kLanes of the vector or pack V.
+  template <class V, class T>
   static FASTLM_INLINE void forward(const ForwardRow<T>& row, int64_t u, int64_t n) {
-    using V = Vec<T>;
     const auto slot = [&](int i) FASTLM_LAMBDA_INLINE { return V::load(row.slots + i * kCols<T> + u); };
     const V r = sigmoid(slot(kSlotReset)), z = sigmoid(slot(kSlotUpdate)), state = slot(kSlotNewState);
     const V candidate = tanh(fma(r, state, slot(kSlotNewInput)));
@@ -51,7 +53,7 @@ struct GruCell {
     h_new.store(row.h_new + u);
     h_new.store_partial(row.output + u, n);
     if (!row.reserve) return;
-    const auto keep = [&](int column, V value)
+    const auto keep = [&](int column, const V& value)
                           FASTLM_LAMBDA_INLINE { value.store_partial(row.reserve + column * row.hidden + u, n); };
     keep(kKeptReset, r), keep(kKeptUpdate, z), keep(kKeptNew, candidate), keep(kKeptNewState, state);
     keep(kKeptGruHidden, h);
@@ -66,9 +68,8 @@ struct GruCell {
     int64_t hidden;
   };
 
-  template <class T>
+  template <class V, class T>
   static FASTLM_INLINE void backward(const BackwardRow<T>& row, int64_t u, int64_t n) {
-    using V = Vec<T>;
     const auto kept = [&](int column)
                           FASTLM_LAMBDA_INLINE { return V::load_partial(row.reserve + column * row.hidden + u, n); };
     const V r = kept(kKeptReset), z = kept(kKeptUpdate), candidate = kept(kKeptNew), one = V::broadcast(1);
@@ -78,7 +79,7 @@ struct GruCell {
     const V d_new = grad * keep * fnma(candidate, candidate, one);
     const V d_update = grad * (kept(kKeptGruHidden) - candidate) * (z * keep);
     const V d_reset = d_new * kept(kKeptNewState) * (r * (one - r));
-    const auto put = [&](int slot, V value)
+    const auto put = [&](int slot, const V& value)
                          FASTLM_LAMBDA_INLINE { value.store_partial(row.d_gates + slot * row.hidden + u, n); };
     put(kSlotReset, d_reset), put(kSlotUpdate, d_update), put(kSlotNewInput, d_new), put(kSlotNewState, d_new * r);
     (grad * z).store(row.dh + u);

@@ -14,10 +14,12 @@ struct LstmCell {
 
   static constexpr int input_slot(int gate) { return gate; }
   static constexpr int state_slot(int gate) { return gate; }
+  // The slots as runs of neighbours: `count` gates from `gate` on lie from `slot` on, as parts of input, state or both.
   struct Run {
     int slot, gate, count;
+    bool input, state;
   };
-  static constexpr Run kStateRuns[] = {{0, 0, kGates}};
+  static constexpr Run kRuns[] = {{0, 0, kGates, true, true}};
 
   // to[u] = what units [unit, unit + n) of a slot start from.
   template <class T>
@@ -35,10 +37,9 @@ struct LstmCell {
     int64_t hidden;
   };
 
-  // Units [u, u + n) of one row, n <= kLanes.
-  template <class T>
+  // Units [u, u + n) of one row, n <= kLanes of the vector or pack V.
+  template <class V, class T>
   static FASTLM_INLINE void forward(const ForwardRow<T>& row, int64_t u, int64_t n) {
-    using V = Vec<T>;
     const auto slot = [&](int i) FASTLM_LAMBDA_INLINE { return V::load(row.slots + i * kCols<T> + u); };
     const V i = sigmoid(slot(kInput)), f = sigmoid(slot(kForget)), g = tanh(slot(kCell)), o = sigmoid(slot(kOutput));
     const V c = V::load(row.c + u);
@@ -48,7 +49,7 @@ struct LstmCell {
     h_new.store(row.h_new + u);
     h_new.store_partial(row.output + u, n);
     if (!row.reserve) return;
-    const auto keep = [&](int column, V value)
+    const auto keep = [&](int column, const V& value)
                           FASTLM_LAMBDA_INLINE { value.store_partial(row.reserve + column * row.hidden + u, n); };
     keep(kInput, i), keep(kForget, f), keep(kCell, g), keep(kOutput, o), keep(kKeptCell, c);
     keep(kKeptLstmHidden, V::load(row.h + u));
@@ -63,9 +64,8 @@ struct LstmCell {
     int64_t hidden;
   };
 
-  template <class T>
+  template <class V, class T>
   static FASTLM_INLINE void backward(const BackwardRow<T>& row, int64_t u, int64_t n) {
-    using V = Vec<T>;
     const auto kept = [&](int column)
                           FASTLM_LAMBDA_INLINE { return V::load_partial(row.reserve + column * row.hidden + u, n); };
     const V i = kept(kInput), f = kept(kForget), g = kept(kCell), o = kept(kOutput), c = kept(kKeptCell);
@@ -73,7 +73,7 @@ struct LstmCell {
     V grad = V::load(row.dh + u);
     if (row.grad_output) grad = grad + V::load_partial(row.grad_output + u, n);
     const V d_c = fma(grad * o, fnma(tanh_c, tanh_c, one), V::load(row.dc + u));
-    const auto put = [&](int slot, V value)
+    const auto put = [&](int slot, const V& value)
                          FASTLM_LAMBDA_INLINE { value.store_partial(row.d_gates + slot * row.hidden + u, n); };
     put(kInput, d_c * g * (i * (one - i)));
     put(kForget, d_c * c * (f * (one - f)));

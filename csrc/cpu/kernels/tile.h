@@ -48,8 +48,7 @@ __attribute__((noinline)) void tile_product(const TileParams<T>& p) {
   for (int i = 0; i < P; ++i)
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < kTileVecs; ++v) acc[i][r][v] = V::zero();
-  if (p.init == Init::kAccumulate)
-    for (int r = 0; r < R; ++r) __builtin_prefetch(p.c + r * p.c_stride, 1);
+  for (int r = 0; r < R; ++r) __builtin_prefetch(p.c + r * p.c_stride, 1);
 
   const T* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = kPacked ? p.a + r : p.a + r * p.a_row;
@@ -97,27 +96,28 @@ void run_tile(int rows, int deal, const TileParams<T>& p) {
   (deal == 2 ? kDouble : kSingle)[rows - 1](p);
 }
 
-// What tile i of a block of weights fetches: its share of the block behind it, the first two tiles together all of it.
+// What tile i of a block of weights fetches: its share of `next`, the first two tiles together all of it.
 template <class T>
-const T* fetch_ahead(const T* weights, int64_t stride, int64_t depth, int64_t i) {
-  return weights + depth * (i < 2 ? stride + i * kFetchPerDepth<T> : 0);
+const T* fetch_ahead(const T* weights, const T* next, int64_t i) {
+  return i < 2 ? next + i * kFetchPerDepth<T> : weights;
 }
 
-// C (rows, kCols) = init + A (rows, depth) * panel, with rows of A contiguous in k. `deal` = accumulators(all rows).
+// C (rows, kCols) = init + A (rows, depth) * panel, with rows of A contiguous in k. `deal` = accumulators(all rows);
+// `next`: the panel wanted after this one.
 template <class T>
 void panel_product(const T* a, int64_t a_stride, int64_t rows, const T* panel, int64_t panel_stride, int64_t depth,
-                   T* c, int64_t c_stride, Init init, const T* bias, int deal) {
+                   T* c, int64_t c_stride, Init init, const T* bias, int deal, const T* next) {
   const int64_t limit = deal == 1 ? kTileRows : deal == 2 ? 3 : 1;
   const int64_t tiles = (rows + limit - 1) / limit;
   for (int64_t k = 0; k < depth || k == 0; k += kBlockDepth<T>) {
     const int64_t block = std::min(kBlockDepth<T>, depth - k);
     const T* weights = panel + k * panel_stride;
+    const T* behind = k + block < depth ? weights + block * panel_stride : next;
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
-      run_tile<T, false>(
-          static_cast<int>(end - begin), deal,
-          {a + begin * a_stride + k, a_stride, weights, panel_stride, block, c + begin * c_stride, c_stride,
-           k == 0 ? init : Init::kAccumulate, bias, fetch_ahead(weights, panel_stride, block, i)});
+      run_tile<T, false>(static_cast<int>(end - begin), deal,
+                         {a + begin * a_stride + k, a_stride, weights, panel_stride, block, c + begin * c_stride,
+                          c_stride, k == 0 ? init : Init::kAccumulate, bias, fetch_ahead(weights, behind, i)});
     }
   }
 }

@@ -16,7 +16,7 @@ template <>
 struct ExpConstants<float> {
   static constexpr float kLow = -88.02969f, kHigh = 88.9f;  // exp is 0 below, +inf above
   static constexpr float kLog2e = 1.44269504088896341f;
-  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  static constexpr float kMinusLn2High = -0.693359375f, kMinusLn2Low = 2.12194440e-4f;
   static constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
   static constexpr int kMantissa = 23, kBias = 127;
   static constexpr float kTanhLimit = 9.5f;  // tanh is 1 to the last bit from here on
@@ -28,7 +28,7 @@ template <>
 struct ExpConstants<double> {
   static constexpr double kLow = -709.2, kHigh = 710.;
   static constexpr double kLog2e = 1.44269504088896340736;
-  static constexpr double kLn2High = 0.693145751953125, kLn2Low = 1.42860682030941723212e-6;
+  static constexpr double kMinusLn2High = -0.693145751953125, kMinusLn2Low = -1.42860682030941723212e-6;
   static constexpr double kRound = 6755399441055744.;  // 1.5 * 2^52
   static constexpr int kMantissa = 52, kBias = 1023;
   static constexpr double kTanhLimit = 20.;
@@ -37,57 +37,65 @@ struct ExpConstants<double> {
                                      1. / 120.,        1. / 24.,        1. / 6.,        1. / 2.};
 };
 
-template <class T>
+// All functions take a vector or a pack of them (V).
+template <class V>
 struct ExpParts {
-  Vec<T> n, q;  // exp(x) = 2^n (1 + q)
+  V n, q;   // exp(x) = 2^n (1 + q)
+  V power;  // 2^n: 0 for n = -kBias, +inf for n = kBias + 1
 };
 
+// 2^n for n + kRound: its low bits hold n.
+template <class T>
+FASTLM_INLINE Vec<T> power_of_two(Vec<T> n_and_round) {
+  using C = ExpConstants<T>;
+  using Int = typename Vec<T>::Int;
+  const auto bits = (typename Vec<T>::RawInt)n_and_round.raw;
+  return {(typename Vec<T>::Raw)((bits << C::kMantissa) + (Int(C::kBias) << C::kMantissa))};
+}
+template <class T, int N>
+FASTLM_INLINE Pack<T, N> power_of_two(const Pack<T, N>& n_and_round) {
+  return Pack<T, N>::each([&](int i) FASTLM_LAMBDA_INLINE { return power_of_two(n_and_round.parts[i]); });
+}
+
 // x must lie within [kLow, kHigh].
-template <class T>
-FASTLM_INLINE ExpParts<T> exp_parts(Vec<T> x) {
-  using V = Vec<T>;
-  using C = ExpConstants<T>;
-  const V n = fma(x, V::broadcast(C::kLog2e), V::broadcast(C::kRound)) - V::broadcast(C::kRound);
-  V r = fnma(n, V::broadcast(C::kLn2High), x);
-  r = fnma(n, V::broadcast(C::kLn2Low), r);
+template <class V>
+FASTLM_INLINE ExpParts<V> exp_parts(const V& x) {
+  using C = ExpConstants<typename V::Scalar>;
+  const V n_and_round = fma(x, V::broadcast(C::kLog2e), V::broadcast(C::kRound));
+  const V n = n_and_round - V::broadcast(C::kRound);
+  V r = fma(n, V::broadcast(C::kMinusLn2High), x);
+  r = fma(n, V::broadcast(C::kMinusLn2Low), r);
   V p = V::broadcast(C::kPoly[0]);
-  for (size_t i = 1; i < sizeof(C::kPoly) / sizeof(T); ++i) p = fma(p, r, V::broadcast(C::kPoly[i]));
-  return {n, fma(p * r, r, r)};
+  for (size_t i = 1; i < sizeof(C::kPoly) / sizeof(C::kPoly[0]); ++i) p = fma(p, r, V::broadcast(C::kPoly[i]));
+  return {n, fma(p * r, r, r), power_of_two(n_and_round)};
 }
 
-// 2^n for a whole n up to kBias; 0 for n = -kBias.
-template <class T>
-FASTLM_INLINE Vec<T> power_of_two(Vec<T> n) {
-  using C = ExpConstants<T>;
-  const auto bits = (typename Vec<T>::RawInt)(n + Vec<T>::broadcast(C::kRound)).raw;
-  return {(typename Vec<T>::Raw)((bits + C::kBias) << C::kMantissa)};
-}
-
-template <class T>
-FASTLM_INLINE Vec<T> exp(Vec<T> x) {
-  using V = Vec<T>;
-  using C = ExpConstants<T>;
+template <class V>
+FASTLM_INLINE V exp(const V& x) {
+  using C = ExpConstants<typename V::Scalar>;
   const auto parts = exp_parts(clamp(x, C::kLow, C::kHigh));
   // The last octave below overflow has n = kBias + 1, whose power is no longer finite: the excess of one goes to 1 + q.
-  const V capped = clamp(parts.n, static_cast<T>(-C::kBias), static_cast<T>(C::kBias));
+  const V capped = clamp(parts.n, -C::kBias, C::kBias);
   const V p = V::broadcast(1) + parts.q;
-  return fma(p, parts.n - capped, p) * power_of_two(capped);
+  return fma(p, parts.n - capped, p) * power_of_two(capped + V::broadcast(C::kRound));
 }
 
-template <class T>
-FASTLM_INLINE Vec<T> sigmoid(Vec<T> x) {
-  const auto one = Vec<T>::broadcast(1);
-  return one / (one + exp(Vec<T>{-x.raw}));
+template <class V>
+FASTLM_INLINE V sigmoid(const V& x) {
+  using C = ExpConstants<typename V::Scalar>;
+  const auto one = V::broadcast(1);
+  const auto parts = exp_parts(clamp(-x, C::kLow, C::kHigh));
+  // An infinite power, exp's last octave, is right here: the result there is below the normal range.
+  return one / fma(one + parts.q, parts.power, one);
 }
 
-template <class T>
-FASTLM_INLINE Vec<T> tanh(Vec<T> x) {
-  const auto limit = ExpConstants<T>::kTanhLimit;
+template <class V>
+FASTLM_INLINE V tanh(const V& x) {
+  const auto limit = ExpConstants<typename V::Scalar>::kTanhLimit;
   const auto y = clamp(x, -limit, limit);
   const auto parts = exp_parts(y + y);
-  const auto scale = power_of_two(parts.n);
-  const auto expm1 = fma(scale, parts.q, scale - Vec<T>::broadcast(1));
-  return expm1 / (expm1 + Vec<T>::broadcast(2));
+  const auto expm1 = fma(parts.power, parts.q, parts.power - V::broadcast(1));
+  return expm1 / (expm1 + V::broadcast(2));
 }
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

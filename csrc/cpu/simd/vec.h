@@ -33,6 +33,7 @@ struct IntOf<double> {
 template <class T>
 struct Vec {
   static constexpr int kLanes = FASTLM_VECTOR_BYTES / sizeof(T);
+  using Scalar = T;
   using Int = typename IntOf<T>::type;
   typedef T Raw __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
   typedef T RawUnaligned __attribute__((vector_size(FASTLM_VECTOR_BYTES), aligned(alignof(T)), may_alias));
@@ -62,6 +63,7 @@ struct Vec {
   friend FASTLM_INLINE Vec operator-(Vec a, Vec b) { return {a.raw - b.raw}; }
   friend FASTLM_INLINE Vec operator*(Vec a, Vec b) { return {a.raw * b.raw}; }
   friend FASTLM_INLINE Vec operator/(Vec a, Vec b) { return {a.raw / b.raw}; }
+  friend FASTLM_INLINE Vec operator-(Vec a) { return {-a.raw}; }
 };
 
 #if FASTLM_FMA_BYTES == 64
@@ -101,18 +103,88 @@ FASTLM_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 }
 #endif
 
-// c - a * b.
+// The greater (smaller) of bound and x; NaN in x stays NaN, since the instruction gives its second operand then. Compilers
+// do not find these instructions in a comparison of vectors.
+#if FASTLM_FMA_BYTES == 64
+FASTLM_INLINE Vec<float> at_least(Vec<float> bound, Vec<float> x) { return {_mm512_maskz_max_ps(0xffff, bound.raw, x.raw)}; }
+FASTLM_INLINE Vec<float> at_most(Vec<float> bound, Vec<float> x) { return {_mm512_maskz_min_ps(0xffff, bound.raw, x.raw)}; }
+#elif FASTLM_VECTOR_BYTES == 32
+FASTLM_INLINE Vec<float> at_least(Vec<float> bound, Vec<float> x) { return {_mm256_max_ps(bound.raw, x.raw)}; }
+FASTLM_INLINE Vec<float> at_most(Vec<float> bound, Vec<float> x) { return {_mm256_min_ps(bound.raw, x.raw)}; }
+#endif
 template <class T>
-FASTLM_INLINE Vec<T> fnma(Vec<T> a, Vec<T> b, Vec<T> c) {
-  return fma({-a.raw}, b, c);
+FASTLM_INLINE Vec<T> at_least(Vec<T> bound, Vec<T> x) {
+  return {x.raw < bound.raw ? bound.raw : x.raw};
+}
+template <class T>
+FASTLM_INLINE Vec<T> at_most(Vec<T> bound, Vec<T> x) {
+  return {x.raw > bound.raw ? bound.raw : x.raw};
+}
+
+// N vectors side by side, worked on in step: a long chain of dependent operations leaves the units idle that the other
+// chains fill.
+template <class T, int N>
+struct Pack {
+  using V = Vec<T>;
+  using Scalar = T;
+  static constexpr int kLanes = N * V::kLanes;
+  V parts[N];
+
+  template <class F>
+  static FASTLM_INLINE Pack each(const F& f) {
+    Pack result;
+    for (int i = 0; i < N; ++i) result.parts[i] = f(i);
+    return result;
+  }
+  static FASTLM_INLINE Pack load(const T* p) {
+    return each([&](int i) FASTLM_LAMBDA_INLINE { return V::load(p + i * V::kLanes); });
+  }
+  static FASTLM_INLINE Pack broadcast(T value) {
+    return each([&](int) FASTLM_LAMBDA_INLINE { return V::broadcast(value); });
+  }
+  FASTLM_INLINE void store(T* p) const {
+    for (int i = 0; i < N; ++i) parts[i].store(p + i * V::kLanes);
+  }
+  // A pack is always whole: whoever has fewer than n = kLanes values takes vectors.
+  static FASTLM_INLINE Pack load_partial(const T* p, int64_t) { return load(p); }
+  FASTLM_INLINE void store_partial(T* p, int64_t) const { store(p); }
+
+  friend FASTLM_INLINE Pack operator+(const Pack& a, const Pack& b) {
+    return each([&](int i) FASTLM_LAMBDA_INLINE { return a.parts[i] + b.parts[i]; });
+  }
+  friend FASTLM_INLINE Pack operator-(const Pack& a, const Pack& b) {
+    return each([&](int i) FASTLM_LAMBDA_INLINE { return a.parts[i] - b.parts[i]; });
+  }
+  friend FASTLM_INLINE Pack operator*(const Pack& a, const Pack& b) {
+    return each([&](int i) FASTLM_LAMBDA_INLINE { return a.parts[i] * b.parts[i]; });
+  }
+  friend FASTLM_INLINE Pack operator/(const Pack& a, const Pack& b) {
+    return each([&](int i) FASTLM_LAMBDA_INLINE { return a.parts[i] / b.parts[i]; });
+  }
+  friend FASTLM_INLINE Pack operator-(const Pack& a) {
+    return each([&](int i) FASTLM_LAMBDA_INLINE { return -a.parts[i]; });
+  }
+  friend FASTLM_INLINE Pack fma(const Pack& a, const Pack& b, const Pack& c) {
+    return each([&](int i) FASTLM_LAMBDA_INLINE { return fma(a.parts[i], b.parts[i], c.parts[i]); });
+  }
+  friend FASTLM_INLINE Pack at_least(const Pack& bound, const Pack& x) {
+    return each([&](int i) FASTLM_LAMBDA_INLINE { return at_least(bound.parts[i], x.parts[i]); });
+  }
+  friend FASTLM_INLINE Pack at_most(const Pack& bound, const Pack& x) {
+    return each([&](int i) FASTLM_LAMBDA_INLINE { return at_most(bound.parts[i], x.parts[i]); });
+  }
+};
+
+// c - a * b, for vectors and packs.
+template <class V>
+FASTLM_INLINE V fnma(const V& a, const V& b, const V& c) {
+  return fma(-a, b, c);
 }
 
 // x held between low and high; NaN stays NaN.
-template <class T>
-FASTLM_INLINE Vec<T> clamp(Vec<T> x, T low, T high) {
-  const auto lo = Vec<T>::broadcast(low).raw, hi = Vec<T>::broadcast(high).raw;
-  const typename Vec<T>::Raw above = x.raw < lo ? lo : x.raw;
-  return {above > hi ? hi : above};
+template <class V>
+FASTLM_INLINE V clamp(const V& x, typename V::Scalar low, typename V::Scalar high) {
+  return at_most(V::broadcast(high), at_least(V::broadcast(low), x));
 }
 
 // The lanes of x added up 16 bytes over 16 bytes.

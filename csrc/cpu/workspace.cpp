@@ -1,0 +1,58 @@
+#include "cpu/workspace.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <utility>
+
+namespace fastlm::cpu {
+namespace {
+
+constexpr int64_t kHugePage = 2 << 20;
+constexpr int64_t kMostKept = 64 << 20;
+
+// The last block given back, for the next call: fresh memory costs a page fault every 4 KiB, more than a short call's
+// arithmetic. One block of the process at most; a call that finds none (the first, or one beside another) allocates.
+struct Kept {
+  std::mutex mutex;
+  char* base = nullptr;
+  int64_t size = 0;
+};
+Kept& kept() {
+  static Kept* const instance = new Kept;  // never destroyed: a call may come while the process ends
+  return *instance;
+}
+
+}  // namespace
+
+void Workspace::allocate() {
+  const int64_t needed = std::exchange(used_, 0);
+  // try_lock, here and below: to wait for another call would cost more than an allocation.
+  if (std::unique_lock lock(kept().mutex, std::try_to_lock); lock && kept().size >= needed) {
+    base_ = std::exchange(kept().base, nullptr);
+    size_ = std::exchange(kept().size, 0);
+  }
+  if (base_) return;
+  const int64_t unit = needed < kHugePage ? 64 : kHugePage;
+  size_ = (needed + unit) / unit * unit;
+  base_ = static_cast<char*>(std::aligned_alloc(unit, size_));
+  if (!base_) throw std::bad_alloc();
+#if defined(__linux__)
+  if (unit == kHugePage) madvise(base_, size_, MADV_HUGEPAGE);  // columns are read, a page apart each; a wish only
+#endif
+}
+
+Workspace::~Workspace() {
+  if (base_ && size_ <= kMostKept)
+    if (std::unique_lock lock(kept().mutex, std::try_to_lock); lock && kept().size < size_) {
+      std::swap(base_, kept().base);
+      kept().size = size_;
+    }
+  std::free(base_);
+}
+
+}  // namespace fastlm::cpu
