@@ -1,5 +1,6 @@
 """GRU operators: public functions, shape (fake) functions and autograd."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from fastlm.ops import _common, reference
 
 _forward = torch.ops.fastlm.gru_forward.default
 _backward = torch.ops.fastlm.gru_backward.default
+_forward_plain = partial(_common.call, _forward, False)
 
 
 def gru(
@@ -46,7 +48,8 @@ def gru(
     if _common.is_plain(x, h0, w_ih, w_hh, b_ih, b_hh):
         record = _common.requires_grad(x, h0, w_ih, w_hh, b_ih, b_hh)
         try:
-            output, h_n, _ = _common.call(_forward, record, x, h0, w_ih, w_hh, b_ih, b_hh, reverse, record)
+            run = _Recorded.apply if record else _forward_plain
+            output, h_n, _ = run(x, h0, w_ih, w_hh, b_ih, b_hh, reverse, record)
             return output, h_n
         except (RuntimeError, ValueError):
             _check(x, h0, w_ih, w_hh, b_ih, b_hh)  # says it by the argument's name
@@ -135,7 +138,9 @@ def _autograd_backward(ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | 
         outputs = _common.recompute(lambda: reference.gru(*inputs, reverse=ctx.reverse))
         return (*_common.composed_grads(outputs, (grad_output, grad_h_n), inputs, needed), None, None)
     need_x, need_h0, *need_weights = needed
-    grads = _backward(
+    grads = _common.call(
+        _backward,
+        False,
         _common.contiguous_or_none(grad_output),
         _common.contiguous_or_none(grad_h_n),
         x,
@@ -152,3 +157,16 @@ def _autograd_backward(ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | 
 
 
 torch.library.register_autograd("fastlm::gru_forward", _autograd_backward, setup_context=_setup_context)
+
+
+class _Recorded(torch.autograd.Function):
+    """The registered derivative for plain calls: torch.library's route to it costs more than a step's arithmetic."""
+
+    # Not as `setup_context` of its own: torch would inspect the signature of `forward` at every call.
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        outputs = _forward_plain(*inputs)
+        _setup_context(ctx, inputs, outputs)
+        return outputs
+
+    backward = staticmethod(_autograd_backward)

@@ -1,5 +1,6 @@
 """LSTM operators: public functions, shape (fake) functions and autograd."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from fastlm.ops import _common, reference
 
 _forward = torch.ops.fastlm.lstm_forward.default
 _backward = torch.ops.fastlm.lstm_backward.default
+_forward_plain = partial(_common.call, _forward, False)
 
 
 def lstm(
@@ -52,7 +54,8 @@ def lstm(
     if _common.is_plain(x, h0, c0, w_ih, w_hh, b_ih, b_hh):
         record = _common.requires_grad(x, h0, c0, w_ih, w_hh, b_ih, b_hh)
         try:
-            output, h_n, c_n, _ = _common.call(_forward, record, x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, record)
+            run = _Recorded.apply if record else _forward_plain
+            output, h_n, c_n, _ = run(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, record)
             return output, (h_n, c_n)
         except (RuntimeError, ValueError):
             _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh)  # says it by the argument's name
@@ -186,7 +189,9 @@ def _autograd_backward(
         )
         return (*_common.composed_grads((output, *states), grad_outputs, tuple(inputs), needed), None, None)
     need_x, need_h0, need_c0, *need_weights = needed
-    *grads, grad_bias = _backward(
+    *grads, grad_bias = _common.call(
+        _backward,
+        False,
         *(_common.contiguous_or_none(grad) for grad in grad_outputs),
         x,
         w_ih,
@@ -204,3 +209,16 @@ def _autograd_backward(
 
 
 torch.library.register_autograd("fastlm::lstm_forward", _autograd_backward, setup_context=_setup_context)
+
+
+class _Recorded(torch.autograd.Function):
+    """The registered derivative for plain calls: torch.library's route to it costs more than a step's arithmetic."""
+
+    # Not as `setup_context` of its own: torch would inspect the signature of `forward` at every call.
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        outputs = _forward_plain(*inputs)
+        _setup_context(ctx, inputs, outputs)
+        return outputs
+
+    backward = staticmethod(_autograd_backward)

@@ -36,8 +36,6 @@ __attribute__((noinline)) void dot_tile(const DotParams<T>& p) {
     for (int r = 0; r < R; ++r) a[r] = V::load_partial(p.a + r * p.a_stride + k, n);
     for (int j = 0; j < W; ++j) {
       const V weight = V::load_partial(w[j] + k, n);
-      // One row waits for memory alone: fetch what the next tile reads.
-      if (R == 1) __builtin_prefetch(w[j] + W * p.w_stride + k);
       for (int r = 0; r < R; ++r) acc[r][j] = fma(a[r], weight, acc[r][j]);
     }
   };
