@@ -7,7 +7,8 @@
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
-constexpr int kDotRows = 3;  // rows of A per tile, each with kDotWeights accumulators
+constexpr int64_t kDotRowsAtMost = 12;  // beyond, packing a panel on the way is faster
+constexpr int kDotRows = 3;             // rows of A per tile, each with kDotWeights accumulators
 
 template <class T>
 struct DotParams {

@@ -14,14 +14,20 @@
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
+// Packing reads columns of a matrix: a piece of each row, and rows lie pages apart, where no prefetcher follows. So
+// pieces are called for some rows ahead.
+constexpr int64_t kRowsAhead = 8;
+
 // Panel [depth][kCols] of columns [0, cols) of B as stored (K, N): rows copied, missing columns zero.
 template <class T>
 void pack_rows(const T* b, int64_t stride, int64_t depth, int64_t cols, T* panel) {
   using V = Vec<T>;
-  for (int64_t k = 0; k < depth; ++k, b += stride, panel += kCols<T>)
+  for (int64_t k = 0; k < depth; ++k, b += stride, panel += kCols<T>) {
+    for (int64_t i = 0; i < kCols<T>; i += 64 / sizeof(T)) __builtin_prefetch(b + kRowsAhead * stride + i);
     for (int v = 0; v < kTileVecs; ++v)
       V::load_partial(b + v * V::kLanes, std::clamp<int64_t>(cols - v * V::kLanes, 0, V::kLanes))
           .store(panel + v * V::kLanes);
+  }
 }
 
 // The same panel of B as stored (N, K): transposed.
@@ -48,9 +54,12 @@ void pack_tiles(const T* a, int64_t stride, int64_t depth, int64_t begin, int64_
   constexpr int64_t kTogether = 8;
   int64_t m = begin;
   for (; m + kTogether * kTileRows <= end; m += kTogether * kTileRows, packed += kTogether * depth * kTileRows)
-    for (int64_t k = 0; k < depth; ++k)
+    for (int64_t k = 0; k < depth; ++k) {
+      const T* row = a + k * stride + m;
+      for (int64_t i = 0; i < kTogether * kTileRows; i += 64 / sizeof(T)) __builtin_prefetch(row + kRowsAhead * stride + i);
       for (int64_t i = 0; i < kTogether; ++i)
-        memcpy(packed + (i * depth + k) * kTileRows, a + k * stride + m + i * kTileRows, kTileRows * sizeof(T));
+        memcpy(packed + (i * depth + k) * kTileRows, row + i * kTileRows, kTileRows * sizeof(T));
+    }
   for (; m + kTileRows <= end; m += kTileRows, packed += depth * kTileRows)
     for (int64_t k = 0; k < depth; ++k) memcpy(packed + k * kTileRows, a + k * stride + m, kTileRows * sizeof(T));
   for (int64_t k = 0; m < end && k < depth; ++k) std::copy_n(a + k * stride + m, end - m, packed + k * kTileRows);
@@ -113,7 +122,7 @@ void block_times_panel(const GemmParams<T>& p, const T* a_tiles, int64_t begin, 
   }
 }
 
-// Up to this many rows, packing B costs more than it gives.
+// Up to this many rows, packing all of B beforehand costs more than it gives.
 constexpr int64_t kDirectRows = 48;
 // Up to this depth a tile's arithmetic is no longer than the writing of C, which then goes row by row.
 constexpr int64_t kShallow = 64;
@@ -199,15 +208,31 @@ void gemm(const Products<T>& products, const GemmBuffers<T>& buffers, const Team
   }
 }
 
+// The same for few rows, all of them whole in k: a panel of B is packed by the member that multiplies with it, and read
+// while it is in that member's L1.
+template <class T>
+void gemm_few_rows(const GemmParams<T>& p, const GemmBuffers<T>& buffers, const Team& team) {
+  const Products<T> product{&p, 1};
+  T* edge = buffers.edge + team.rank * kTileRows * kCols<T>;
+  team.share(product.panels(), false, [&](int64_t i) {
+    T* panel = buffers.b_panels + i * std::min(p.k, kBlockDepth<T>) * kCols<T>;
+    for (int64_t k = 0; k < p.k; k += kBlockDepth<T>) {
+      const int64_t depth = std::min(kBlockDepth<T>, p.k - k);
+      pack_panel(product, i, k, depth, panel);
+      block_times_panel<T>(p, nullptr, 0, p.m, k, depth, panel, i * kCols<T>, edge);
+    }
+  });
+}
+
 template <class T>
 void gemm(const GemmParams<T>& p, const GemmBuffers<T>& buffers, const Team& team) {
-  if (p.b_transposed && !p.a_transposed && p.m <= kDirectRows) {
-    const auto own = team.split(p.n, 8);
-    return dot_product<T>({p.a, p.a_stride, p.b + own.begin * p.b_stride, p.b_stride, own.end - own.begin, p.k,
-                           p.c + own.begin, p.c_stride, p.accumulate ? Init::kAccumulate : Init::kZero, nullptr},
-                          p.m);
-  }
-  gemm(Products<T>{&p, 1}, buffers, team);
+  const bool few_rows = p.b_transposed && !p.a_transposed && p.m <= kDirectRows && p.k > 0;
+  if (!few_rows) return gemm(Products<T>{&p, 1}, buffers, team);
+  if (p.m > kDotRowsAtMost) return gemm_few_rows(p, buffers, team);
+  const auto own = team.split(p.n, 8);
+  dot_product<T>({p.a, p.a_stride, p.b + own.begin * p.b_stride, p.b_stride, own.end - own.begin, p.k,
+                  p.c + own.begin, p.c_stride, p.accumulate ? Init::kAccumulate : Init::kZero, nullptr},
+                 p.m);
 }
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

@@ -52,13 +52,16 @@ struct ForwardBuffers {
   T* gates[2];   // [block][time within the chunk][B][slot][kCols]; two, of chunks in turn, where units are shared
   T* h[2];       // (B, padded H): state before and after a step
   T* c;          // (B, padded H)
+  T* late;       // per member: max(I, H) x kCols, a panel packed when it is wanted
 
   template <class Cell>
   static ForwardBuffers take(Workspace& workspace, const RecurrentForwardParams<T>& p, const RecurrentPlan& plan) {
     const RecurrentSizes<T> sizes(p.hidden);
     const int64_t state = p.batch * padded<T>(p.hidden);
     ForwardBuffers buffers{};
-    if (!plan.direct) {
+    if (plan.direct) {
+      buffers.late = workspace.take<T>(plan.threads * late_size(p));
+    } else {
       buffers.panels_ih = workspace.take<T>(sizes.blocks * Cell::kGates * p.input_size * kCols<T>);
       buffers.panels_hh = workspace.take<T>(sizes.blocks * Cell::kGates * p.hidden * kCols<T>);
     }
@@ -70,6 +73,7 @@ struct ForwardBuffers {
     buffers.c = workspace.take<T>(state);
     return buffers;
   }
+  static int64_t late_size(const RecurrentForwardParams<T>& p) { return std::max(p.input_size, p.hidden) * kCols<T>; }
 };
 
 template <class T, class Cell>
@@ -171,13 +175,18 @@ class ForwardPass {
   // slots (rows) = init + a (rows, depth) times the weights of one block and gate, packed or in place.
   void product(const T* a, int64_t a_stride, int64_t rows, const T* panels, const T* weights, int64_t depth,
                int64_t block, int gate, T* slots, Init init, const T* bias, int deal) {
-    if (plan_.direct)
-      return dot_product<T>({a, a_stride, weights + (gate * p_.hidden + block * kCols<T>)*depth, depth, units_of(block),
-                             depth, slots, sizes_.slots_width, init, bias},
-                            rows);
     const T* panel = panels + (block * Cell::kGates + gate) * depth * kCols<T>;
+    if (plan_.direct) {
+      const T* stored = weights + (gate * p_.hidden + block * kCols<T>)*depth;
+      if (rows <= kDotRowsAtMost)
+        return dot_product<T>({a, a_stride, stored, depth, units_of(block), depth, slots, sizes_.slots_width, init, bias},
+                              rows);
+      T* late = buffers_.late + team_.rank * ForwardBuffers<T>::late_size(p_);
+      pack_transposed(stored, depth, depth, units_of(block), late);
+      panel = late;
+    }
     panel_product(a, a_stride, rows, panel, kCols<T>, depth, slots, sizes_.slots_width, init, bias, deal,
-                  panel + depth * kCols<T>);
+                  plan_.direct ? panel : panel + depth * kCols<T>);
   }
 
   // Rows of all steps at once where this member has the whole batch, else step by step.
