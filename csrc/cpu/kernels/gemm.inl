@@ -70,17 +70,23 @@ constexpr int64_t panels_for(int64_t cols) {
   return (cols + kCols<T> - 1) / kCols<T>;
 }
 
+// Blocks of k that one panel of C takes in one after another, from cache, before the next panel comes: C itself would
+// have to come from memory for each. The fewer rows of A at a time keep these in L2.
+template <class T>
+constexpr int64_t kDeep = 4 * kBlockDepth<T>;
+constexpr int64_t kDeepRows = kBlockRows / 2;
+
 template <class T>
 struct GemmBuffers {
-  T* b_panels;  // shared: one block of k of all panels
-  T* a_tiles;   // kBlockRows x kBlockDepth per member
+  T* b_panels;  // shared: kDeep of k of all panels
+  T* a_tiles;   // kDeepRows x kDeep or kBlockRows x kBlockDepth per member
   T* edge;      // kTileRows x kCols per member
 
   template <class W>
   static GemmBuffers take(W& workspace, int64_t panels, int64_t k, int members) {
     GemmBuffers buffers;
-    buffers.b_panels = workspace.template take<T>(panels * std::min(k, kBlockDepth<T>) * kCols<T>);
-    buffers.a_tiles = workspace.template take<T>(members * kBlockRows * kBlockDepth<T>);
+    buffers.b_panels = workspace.template take<T>(panels * std::min(k, kDeep<T>) * kCols<T>);
+    buffers.a_tiles = workspace.template take<T>(members * kDeepRows * kDeep<T>);
     buffers.edge = workspace.template take<T>(members * kTileRows * kCols<T>);
     return buffers;
   }
@@ -146,7 +152,7 @@ struct Products {
   }
 };
 
-// Panel i of B for one block of k.
+// Panel i of B for k to k + depth.
 template <class T>
 void pack_panel(const Products<T>& products, int64_t i, int64_t k, int64_t depth, T* to) {
   const auto [p, col, cols] = products.panel(i);
@@ -156,19 +162,24 @@ void pack_panel(const Products<T>& products, int64_t i, int64_t k, int64_t depth
     pack_rows(p.b + k * p.b_stride + col, p.b_stride, depth, cols, to);
 }
 
-// Rows [begin, end), at most kBlockRows, of panels `own` of C: one block of k.
+// Rows [begin, end) of panels `own` of C over k to k + depth, at most kDeep.
 template <class T>
 void block_times_panels(const Products<T>& products, int64_t begin, int64_t end, Team::Range own, int64_t k,
                         int64_t depth, const T* b_panels, T* a_tiles, T* edge) {
   const auto& p = products.parts[0];
-  if (p.a_transposed) pack_tiles(p.a + k * p.a_stride, p.a_stride, depth, begin, end, a_tiles);
+  const int64_t tile_rows = (end - begin + kTileRows - 1) / kTileRows * kTileRows;
+  for (int64_t j = 0; p.a_transposed && j < depth; j += kBlockDepth<T>)
+    pack_tiles(p.a + (k + j) * p.a_stride, p.a_stride, std::min(kBlockDepth<T>, depth - j), begin, end,
+               a_tiles + j * tile_rows);
   const int64_t together = depth <= kShallow ? kTileRows : end - begin;
   for (int64_t m = begin; m < end; m += together)
-    for (int64_t i = own.begin; i < own.end; ++i) {
-      const auto panel = products.panel(i);
-      block_times_panel(panel.p, static_cast<const T*>(a_tiles + (m - begin) * depth), m, std::min(end, m + together),
-                        k, depth, b_panels + i * depth * kCols<T>, panel.col, edge);
-    }
+    for (int64_t i = own.begin; i < own.end; ++i)
+      for (int64_t j = 0; j < depth; j += kBlockDepth<T>) {
+        const auto panel = products.panel(i);
+        const int64_t block = std::min(kBlockDepth<T>, depth - j);
+        block_times_panel<T>(panel.p, a_tiles + j * tile_rows + (m - begin) * block, m, std::min(end, m + together),
+                             k + j, block, b_panels + (i * depth + j) * kCols<T>, panel.col, edge);
+      }
 }
 
 template <class T>
@@ -186,13 +197,14 @@ void gemm(const Products<T>& products, const GemmBuffers<T>& buffers, const Team
   const int64_t panels = products.panels();
   const bool split_rows = p.m >= 2 * kTileRows * team.size && (p.m >= panels * kCols<T> || panels < 2 * team.size);
   // Items of equal size, as many for each member.
-  const int64_t rounds = std::max<int64_t>(1, (p.m + team.size * kBlockRows - 1) / (team.size * kBlockRows));
+  const int64_t most = p.k > kBlockDepth<T> ? kDeepRows : kBlockRows;
+  const int64_t rounds = std::max<int64_t>(1, (p.m + team.size * most - 1) / (team.size * most));
   const int64_t share = (p.m + team.size * rounds - 1) / (team.size * rounds);
-  const int64_t item_rows = split_rows ? (share + kTileRows - 1) / kTileRows * kTileRows : kBlockRows;
-  T* a_tiles = buffers.a_tiles + team.rank * kBlockRows * kBlockDepth<T>;
+  const int64_t item_rows = split_rows ? (share + kTileRows - 1) / kTileRows * kTileRows : most;
+  T* a_tiles = buffers.a_tiles + team.rank * kDeepRows * kDeep<T>;
   T* edge = buffers.edge + team.rank * kTileRows * kCols<T>;
-  for (int64_t k = 0; k < p.k; k += kBlockDepth<T>) {
-    const int64_t depth = std::min(kBlockDepth<T>, p.k - k);
+  for (int64_t k = 0; k < p.k; k += kDeep<T>) {
+    const int64_t depth = std::min(kDeep<T>, p.k - k);
     if (k > 0) team.barrier();
     team.share(panels, false,
                [&](int64_t i) { pack_panel(products, i, k, depth, buffers.b_panels + i * depth * kCols<T>); });
