@@ -35,28 +35,36 @@ struct GruCell {
 
   template <class T>
   struct ForwardRow {
-    const T* slots;  // [slot][kCols]
+    T* slots;  // [slot][kCols]
     const T* h;
     T *h_new, *c, *output;  // c: no use here
     T* reserve;             // columns at hidden apart, or null
     int64_t hidden;
   };
 
-  // Units [u, u + n) of one row, n <= kLanes of the vector or pack V.
+  // Units [u, u + n) of one row, n <= kLanes of the vector or pack V. In two passes over all rows, the second from what
+  // the first leaves in the slots: the processor cannot look far enough ahead to fill the waits of one long chain.
   template <class V, class T>
-  static FASTLM_INLINE void forward(const ForwardRow<T>& row, int64_t u, int64_t n) {
+  static FASTLM_INLINE void forward_gates(const ForwardRow<T>& row, int64_t u, int64_t n) {
+    for (const int gate : {kReset, kUpdate}) {
+      T* slot = row.slots + gate * kCols<T> + u;
+      const V value = sigmoid(V::load(slot));
+      value.store(slot);
+      if (row.reserve) value.store_partial(row.reserve + gate * row.hidden + u, n);
+    }
+  }
+  template <class V, class T>
+  static FASTLM_INLINE void forward_state(const ForwardRow<T>& row, int64_t u, int64_t n) {
     const auto slot = [&](int i) FASTLM_LAMBDA_INLINE { return V::load(row.slots + i * kCols<T> + u); };
-    const V r = sigmoid(slot(kSlotReset)), z = sigmoid(slot(kSlotUpdate)), state = slot(kSlotNewState);
-    const V candidate = tanh(fma(r, state, slot(kSlotNewInput)));
-    const V h = V::load(row.h + u);
+    const V state = slot(kSlotNewState), z = slot(kSlotUpdate), h = V::load(row.h + u);
+    const V candidate = tanh(fma(slot(kSlotReset), state, slot(kSlotNewInput)));
     const V h_new = fma(z, h - candidate, candidate);
     h_new.store(row.h_new + u);
     h_new.store_partial(row.output + u, n);
     if (!row.reserve) return;
     const auto keep = [&](int column, const V& value)
                           FASTLM_LAMBDA_INLINE { value.store_partial(row.reserve + column * row.hidden + u, n); };
-    keep(kKeptReset, r), keep(kKeptUpdate, z), keep(kKeptNew, candidate), keep(kKeptNewState, state);
-    keep(kKeptGruHidden, h);
+    keep(kKeptNew, candidate), keep(kKeptNewState, state), keep(kKeptGruHidden, h);
   }
 
   template <class T>

@@ -30,29 +30,36 @@ struct LstmCell {
 
   template <class T>
   struct ForwardRow {
-    const T* slots;  // [slot][kCols]
+    T* slots;  // [slot][kCols]
     const T* h;
     T *h_new, *c, *output;  // c: in and out
     T* reserve;             // columns at hidden apart, or null
     int64_t hidden;
   };
 
-  // Units [u, u + n) of one row, n <= kLanes of the vector or pack V.
+  // Units [u, u + n) of one row, n <= kLanes of the vector or pack V. In two passes over all rows, the second from what
+  // the first leaves in the slots: the processor cannot look far enough ahead to fill the waits of one long chain.
   template <class V, class T>
-  static FASTLM_INLINE void forward(const ForwardRow<T>& row, int64_t u, int64_t n) {
-    const auto slot = [&](int i) FASTLM_LAMBDA_INLINE { return V::load(row.slots + i * kCols<T> + u); };
+  static FASTLM_INLINE void forward_gates(const ForwardRow<T>& row, int64_t u, int64_t n) {
+    const auto slot = [&](int gate) FASTLM_LAMBDA_INLINE { return V::load(row.slots + gate * kCols<T> + u); };
     const V i = sigmoid(slot(kInput)), f = sigmoid(slot(kForget)), g = tanh(slot(kCell)), o = sigmoid(slot(kOutput));
-    const V c = V::load(row.c + u);
-    const V c_new = fma(f, c, i * g);
-    const V h_new = o * tanh(c_new);
+    const auto put = [&](int gate, const V& value) FASTLM_LAMBDA_INLINE {
+      value.store(row.slots + gate * kCols<T> + u);
+      if (row.reserve) value.store_partial(row.reserve + gate * row.hidden + u, n);
+    };
+    put(kInput, i), put(kForget, f), put(kCell, g), put(kOutput, o);
+  }
+  template <class V, class T>
+  static FASTLM_INLINE void forward_state(const ForwardRow<T>& row, int64_t u, int64_t n) {
+    const auto slot = [&](int i) FASTLM_LAMBDA_INLINE { return V::load(row.slots + i * kCols<T> + u); };
+    const V c = V::load(row.c + u), c_new = fma(slot(kForget), c, slot(kInput) * slot(kCell));
+    const V h_new = slot(kOutput) * tanh(c_new);
     c_new.store(row.c + u);
     h_new.store(row.h_new + u);
     h_new.store_partial(row.output + u, n);
     if (!row.reserve) return;
-    const auto keep = [&](int column, const V& value)
-                          FASTLM_LAMBDA_INLINE { value.store_partial(row.reserve + column * row.hidden + u, n); };
-    keep(kInput, i), keep(kForget, f), keep(kCell, g), keep(kOutput, o), keep(kKeptCell, c);
-    keep(kKeptLstmHidden, V::load(row.h + u));
+    c.store_partial(row.reserve + kKeptCell * row.hidden + u, n);
+    V::load(row.h + u).store_partial(row.reserve + kKeptLstmHidden * row.hidden + u, n);
   }
 
   template <class T>

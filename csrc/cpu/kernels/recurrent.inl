@@ -104,6 +104,7 @@ class ForwardPass {
   }
 
  private:
+  using Row = typename Cell::template ForwardRow<T>;
   struct Chunk {
     int64_t t0;  // its first time
     T* gates;
@@ -228,11 +229,28 @@ class ForwardPass {
               sums + slot * kCols<T>, slot == Cell::input_slot(gate) ? Init::kAccumulate : Init::kBias,
               bias(block, slot), accumulators(p_.batch));
     }
-    for (int64_t b = rows_.begin; b < rows_.end; ++b)
-      activate(result_row(step, block, b, sums + (b - rows_.begin) * sizes_.slots_width), units_of(block));
+    const auto for_rows = [&](const auto& activate) {
+      for (int64_t b = rows_.begin; b < rows_.end; ++b)
+        activate(result_row(step, block, b, sums + (b - rows_.begin) * sizes_.slots_width));
+    };
+    if (units_of(block) == kCols<T>) {
+      using P = Pack<T, kTileVecs>;
+      for_rows([](const Row& row) FASTLM_LAMBDA_INLINE { Cell::template forward_gates<P>(row, 0, kCols<T>); });
+      for_rows([](const Row& row) FASTLM_LAMBDA_INLINE { Cell::template forward_state<P>(row, 0, kCols<T>); });
+    } else {
+      for_rows([&](const Row& row) { activate_partial(row, units_of(block)); });
+    }
   }
 
-  typename Cell::template ForwardRow<T> result_row(int64_t step, int64_t block, int64_t b, const T* sums) const {
+  static void activate_partial(const Row& row, int64_t units) {
+    for (int64_t u = 0; u < units; u += Vec<T>::kLanes) {
+      const int64_t n = std::min<int64_t>(Vec<T>::kLanes, units - u);
+      Cell::template forward_gates<Vec<T>>(row, u, n);
+      Cell::template forward_state<Vec<T>>(row, u, n);
+    }
+  }
+
+  Row result_row(int64_t step, int64_t block, int64_t b, T* sums) const {
     const int64_t row = time(step) * p_.batch + b, unit = block * kCols<T>;
     return {sums,
             buffers_.h[step % 2] + b * stride_ + unit,
@@ -254,12 +272,6 @@ class ForwardPass {
   }
   static void fetch_units(const T* p, int64_t units) {
     for (int64_t u = 0; u < units; u += 64 / sizeof(T)) __builtin_prefetch(p + u, 1);
-  }
-
-  static void activate(const typename Cell::template ForwardRow<T>& row, int64_t units) {
-    if (units == kCols<T>) return Cell::template forward<Pack<T, kTileVecs>>(row, 0, units);
-    for (int64_t u = 0; u < units; u += Vec<T>::kLanes)
-      Cell::template forward<Vec<T>>(row, u, std::min<int64_t>(Vec<T>::kLanes, units - u));
   }
 
   void finish_state() {
