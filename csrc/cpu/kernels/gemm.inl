@@ -56,7 +56,8 @@ void pack_tiles(const T* a, int64_t stride, int64_t depth, int64_t begin, int64_
   for (; m + kTogether * kTileRows <= end; m += kTogether * kTileRows, packed += kTogether * depth * kTileRows)
     for (int64_t k = 0; k < depth; ++k) {
       const T* row = a + k * stride + m;
-      for (int64_t i = 0; i < kTogether * kTileRows; i += 64 / sizeof(T)) __builtin_prefetch(row + kRowsAhead * stride + i);
+      for (int64_t i = 0; i < kTogether * kTileRows; i += 64 / sizeof(T))
+        __builtin_prefetch(row + kRowsAhead * stride + i);
       for (int64_t i = 0; i < kTogether; ++i)
         memcpy(packed + (i * depth + k) * kTileRows, row + i * kTileRows, kTileRows * sizeof(T));
     }
@@ -242,8 +243,8 @@ void gemm(const GemmParams<T>& p, const GemmBuffers<T>& buffers, const Team& tea
   if (!few_rows) return gemm(Products<T>{&p, 1}, buffers, team);
   if (p.m > kDotRowsAtMost) return gemm_few_rows(p, buffers, team);
   const auto own = team.split(p.n, 8);
-  dot_product<T>({p.a, p.a_stride, p.b + own.begin * p.b_stride, p.b_stride, own.end - own.begin, p.k,
-                  p.c + own.begin, p.c_stride, p.accumulate ? Init::kAccumulate : Init::kZero, nullptr},
+  dot_product<T>({p.a, p.a_stride, p.b + own.begin * p.b_stride, p.b_stride, own.end - own.begin, p.k, p.c + own.begin,
+                  p.c_stride, p.accumulate ? Init::kAccumulate : Init::kZero, nullptr},
                  p.m);
 }
 

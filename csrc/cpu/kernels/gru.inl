@@ -21,8 +21,8 @@ struct GruCell {
     bool input, state;
   };
   static constexpr Run kRuns[] = {{kSlotReset, kReset, 2, true, true},
-                                   {kSlotNewInput, kNew, 1, true, false},
-                                   {kSlotNewState, kNew, 1, false, true}};
+                                  {kSlotNewInput, kNew, 1, true, false},
+                                  {kSlotNewState, kNew, 1, false, true}};
 
   // to[u] = what units [unit, unit + n) of a slot start from.
   template <class T>

@@ -14,7 +14,8 @@ void map_values(const T* x, T* y, int64_t n) {
 
 extern const MathKernels<float> kMathFloat{map_values<float, exp<Vec<float>>>, map_values<float, sigmoid<Vec<float>>>,
                                            map_values<float, tanh<Vec<float>>>};
-extern const MathKernels<double> kMathDouble{map_values<double, exp<Vec<double>>>, map_values<double, sigmoid<Vec<double>>>,
+extern const MathKernels<double> kMathDouble{map_values<double, exp<Vec<double>>>,
+                                             map_values<double, sigmoid<Vec<double>>>,
                                              map_values<double, tanh<Vec<double>>>};
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

@@ -180,8 +180,8 @@ class ForwardPass {
     if (plan_.direct) {
       const T* stored = weights + (gate * p_.hidden + block * kCols<T>)*depth;
       if (rows <= kDotRowsAtMost)
-        return dot_product<T>({a, a_stride, stored, depth, units_of(block), depth, slots, sizes_.slots_width, init, bias},
-                              rows);
+        return dot_product<T>(
+            {a, a_stride, stored, depth, units_of(block), depth, slots, sizes_.slots_width, init, bias}, rows);
       T* late = buffers_.late + team_.rank * ForwardBuffers<T>::late_size(p_);
       pack_transposed(stored, depth, depth, units_of(block), late);
       panel = late;
@@ -424,9 +424,8 @@ class BackwardPass {
     if (plan_.split_batch) return body(Blocks{0, sizes_.blocks});
     const bool fits = p_.batch * Cell::kGates * p_.hidden * static_cast<int64_t>(sizeof(T)) <= 128 << 10;
     const int64_t group = fits ? 1 : std::clamp<int64_t>(sizes_.blocks / (4 * team_.size), 1, 4);
-    team_.share((sizes_.blocks + group - 1) / group, backwards, [&](int64_t i) {
-      body(Blocks{i * group, std::min(sizes_.blocks, (i + 1) * group)});
-    });
+    team_.share((sizes_.blocks + group - 1) / group, backwards,
+                [&](int64_t i) { body(Blocks{i * group, std::min(sizes_.blocks, (i + 1) * group)}); });
   }
 
   void differentiate(int64_t step, int64_t t0, Blocks blocks) {
@@ -475,8 +474,8 @@ class BackwardPass {
       if (!run.state) continue;
       for (int64_t k = 0; k < run.count * p_.hidden; k += kDepthInCache<T>, first = false)
         carry_back_piece(d_gates + run.slot * p_.hidden + k, run.gate * p_.hidden + k,
-                         std::min(kDepthInCache<T>, run.count * p_.hidden - k),
-                         first ? Init::kZero : Init::kAccumulate, blocks);
+                         std::min(kDepthInCache<T>, run.count * p_.hidden - k), first ? Init::kZero : Init::kAccumulate,
+                         blocks);
     }
   }
 
@@ -486,8 +485,8 @@ class BackwardPass {
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const auto weights = piece(buffers_.panels_hh, p_.w_hh, p_.hidden, block, k, depth);
       const bool last = block + 1 == blocks.end;  // then the same block's next rows, or the group's first block, follow
-      const int64_t ahead = last ? depth - (blocks.end - blocks.begin - 1) * Cell::kGates * p_.hidden
-                                 : Cell::kGates * p_.hidden;
+      const int64_t ahead =
+          last ? depth - (blocks.end - blocks.begin - 1) * Cell::kGates * p_.hidden : Cell::kGates * p_.hidden;
       panel_product(a, gates_stride_, rows_.end - rows_.begin, weights.data, weights.stride, depth,
                     buffers_.dh + rows_.begin * stride_ + block * kCols<T>, stride_, init,
                     static_cast<const T*>(nullptr), deal, weights.data + (plan_.direct ? 0 : ahead * kCols<T>));
@@ -538,8 +537,18 @@ class BackwardPass {
       GemmParams<T> parts[2];
       int count = 0;
       const auto add = [&](const T* b, int64_t b_stride, int64_t width, T* grad) {
-        parts[count++] = {run.count * p_.hidden, width, depth, d_gates(0) + run.slot * p_.hidden, gates_stride_, true,
-                          b, b_stride, false, grad + run.gate * p_.hidden * width, width, accumulate};
+        parts[count++] = {run.count * p_.hidden,
+                          width,
+                          depth,
+                          d_gates(0) + run.slot * p_.hidden,
+                          gates_stride_,
+                          true,
+                          b,
+                          b_stride,
+                          false,
+                          grad + run.gate * p_.hidden * width,
+                          width,
+                          accumulate};
       };
       if (run.input && p_.grad_w_ih) add(p_.x + row * p_.input_size, p_.input_size, p_.input_size, p_.grad_w_ih);
       if (run.state && p_.grad_w_hh) add(h, Cell::kReserve * p_.hidden, p_.hidden, p_.grad_w_hh);

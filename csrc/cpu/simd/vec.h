@@ -103,11 +103,15 @@ FASTLM_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 }
 #endif
 
-// The greater (smaller) of bound and x; NaN in x stays NaN, since the instruction gives its second operand then. Compilers
-// do not find these instructions in a comparison of vectors.
+// The greater (smaller) of bound and x; NaN in x stays NaN, since the instruction gives its second operand then.
+// Compilers do not find these instructions in a comparison of vectors.
 #if FASTLM_FMA_BYTES == 64
-FASTLM_INLINE Vec<float> at_least(Vec<float> bound, Vec<float> x) { return {_mm512_maskz_max_ps(0xffff, bound.raw, x.raw)}; }
-FASTLM_INLINE Vec<float> at_most(Vec<float> bound, Vec<float> x) { return {_mm512_maskz_min_ps(0xffff, bound.raw, x.raw)}; }
+FASTLM_INLINE Vec<float> at_least(Vec<float> bound, Vec<float> x) {
+  return {_mm512_maskz_max_ps(0xffff, bound.raw, x.raw)};
+}
+FASTLM_INLINE Vec<float> at_most(Vec<float> bound, Vec<float> x) {
+  return {_mm512_maskz_min_ps(0xffff, bound.raw, x.raw)};
+}
 #elif FASTLM_VECTOR_BYTES == 32
 FASTLM_INLINE Vec<float> at_least(Vec<float> bound, Vec<float> x) { return {_mm256_max_ps(bound.raw, x.raw)}; }
 FASTLM_INLINE Vec<float> at_most(Vec<float> bound, Vec<float> x) { return {_mm256_min_ps(bound.raw, x.raw)}; }
