@@ -29,8 +29,10 @@ DTYPES = (torch.float32, torch.float64)
 # Around the widths of vectors and tiles. Rotated against each other, every size stands once for every dimension.
 SIZES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100)
 ROTATED = [tuple(SIZES[(i + shift) % len(SIZES)] for shift in (4, 7, 11, 0)) for i in range(len(SIZES))]
-# (T, B, I, H): several tiles of units or rows, time in several chunks, one input, more inputs than units.
+# (T, B, I, H): several tiles of units or rows, time in several chunks, one input, more inputs than units; weight
+# gradients deeper than one go over k, and in two chunks of time.
 LARGER = [(3, 5, 200, 200), (20, 33, 64, 64), (40, 16, 128, 256), (300, 2, 32, 32), (50, 1, 1, 128), (4, 6, 300, 16)]
+LARGER += [(50, 24, 16, 40), (200, 8, 2, 400)]
 SHAPES = ROTATED + LARGER
 
 
