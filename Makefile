@@ -9,11 +9,12 @@ BIN := $(VENV)/bin
 
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl')
 
-.PHONY: help demo test test-full bench lint clean distclean
+.PHONY: help demo test test-full sanitize bench lint clean distclean
 help:
 	@echo "make demo       train the same model with torch.nn.GRU and with fastlm and compare (under 4 minutes)"
 	@echo "make test       the tests"
 	@echo "make test-full  the tests on the full grid of shapes and options"
+	@echo "make sanitize   the kernels under AddressSanitizer, UBSan and ThreadSanitizer (needs g++ alone)"
 	@echo "make bench      the benchmarks; writes benchmarks/results and the tables in README.md"
 	@echo "make lint       ruff, mypy and clang-format"
 	@echo "make clean      removes what was built; make distclean also .venv"
@@ -27,6 +28,22 @@ test: $(VENV)/.kernels
 test-full: $(VENV)/.kernels
 	FASTLM_TEST_FULL=1 $(BIN)/python -m pytest
 
+# Without torch: csrc/cpu and a driver of its own, which takes its place.
+SANITIZE_SOURCES := $(filter-out csrc/bindings/%,$(filter %.cpp,$(CXX_SOURCES))) tests/sanitize/driver.cpp
+SANITIZE_FLAGS := -std=c++17 -O1 -g1 -ffp-contract=off -Wall -Wno-psabi -Icsrc -DFASTLM_WIDE_ISA=1 -fno-sanitize-recover=all
+sanitize:
+	$(MAKE) -j2 build/sanitize/address,undefined/driver build/sanitize/thread/driver
+	build/sanitize/address,undefined/driver
+	build/sanitize/thread/driver fastest
+
+build/sanitize/%/driver: $(CXX_SOURCES) tests/sanitize/driver.cpp
+	$(MAKE) $(SANITIZE_SOURCES:%.cpp=build/sanitize/$*/%.o) SANITIZE=$*
+	$(CXX) -fsanitize=$* -pthread $(SANITIZE_SOURCES:%.cpp=build/sanitize/$*/%.o) -o $@
+
+build/sanitize/$(SANITIZE)/%.o: %.cpp $(CXX_SOURCES)
+	@mkdir -p $(@D)
+	$(CXX) -fsanitize=$(SANITIZE) $(SANITIZE_FLAGS) -c $< -o $@
+
 bench: $(VENV)/.kernels
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/report.py --readme README.md --plot benchmarks/results/recurrent.png
@@ -35,7 +52,7 @@ lint: $(VENV)/.package
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES) tests/sanitize/driver.cpp
 
 clean:
 	rm -rf build dist *.egg-info fastlm/*.so $(VENV)/.kernels .pytest_cache .mypy_cache .ruff_cache .hypothesis

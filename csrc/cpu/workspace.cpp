@@ -4,6 +4,13 @@
 #include <sys/mman.h>
 #endif
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size)
+#define ASAN_UNPOISON_MEMORY_REGION(address, size)
+#endif
+
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -46,7 +53,12 @@ void Workspace::allocate() {
 #endif
 }
 
+void Workspace::guard([[maybe_unused]] int64_t begin, [[maybe_unused]] int64_t end) const {
+  ASAN_POISON_MEMORY_REGION(base_ + begin, end - begin);
+}
+
 Workspace::~Workspace() {
+  if (base_) ASAN_UNPOISON_MEMORY_REGION(base_, size_);
   if (base_ && size_ <= kMostKept)
     if (std::unique_lock lock(kept().mutex, std::try_to_lock); lock && kept().size < size_) {
       std::swap(base_, kept().base);

@@ -16,9 +16,10 @@ class Workspace {
   // A piece of n elements; null while counting.
   template <class T>
   T* take(int64_t n) {
-    const int64_t offset = used_;
+    const int64_t offset = used_, bytes = n * static_cast<int64_t>(sizeof(T));
     // One line more than asked for staggers pieces whose size is a power of two over the cache's sets.
-    used_ += (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64 + 64;
+    used_ += (bytes + 63) / 64 * 64 + 64;
+    if (base_) guard(offset + bytes, used_);
     return base_ ? reinterpret_cast<T*>(base_ + offset) : nullptr;
   }
 
@@ -26,6 +27,9 @@ class Workspace {
   void allocate();
 
  private:
+  // Forbids a range between two pieces, where AddressSanitizer watches.
+  void guard(int64_t begin, int64_t end) const;
+
   char* base_ = nullptr;
   int64_t size_ = 0, used_ = 0;
 };

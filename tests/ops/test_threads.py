@@ -15,7 +15,7 @@ KINDS = ("gru", "lstm")
 # Batch split and unit split, below and above the threshold where a second thread joins, uneven shares; blocks of units
 # in groups (more slots than fit in the cache), and weight gradients in several goes.
 SHAPES = [(T, B, 24, H) for T, B, H in product((1, 12), (1, 2, 3, 5, 8, 16, 33), (17, 256))]
-SHAPES += [(130, 1, 5, 96), (30, 40, 7, 272)]
+SHAPES += [(130, 1, 5, 96), (30, 40, 7, 272), (1, 30, 33, 100)]
 
 pytestmark = pytest.mark.skipif(_native.module is None, reason="the promise is the kernels', not torch's")
 

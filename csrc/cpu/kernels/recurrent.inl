@@ -179,7 +179,7 @@ class ForwardPass {
     const T* panel = panels + (block * Cell::kGates + gate) * depth * kCols<T>;
     if (plan_.direct) {
       const T* stored = weights + (gate * p_.hidden + block * kCols<T>)*depth;
-      if (rows <= kDotRowsAtMost)
+      if (p_.batch <= kDotRowsAtMost)  // not this member's rows: sums must not depend on how many share them
         return dot_product<T>(
             {a, a_stride, stored, depth, units_of(block), depth, slots, sizes_.slots_width, init, bias}, rows);
       T* late = buffers_.late + team_.rank * ForwardBuffers<T>::late_size(p_);
