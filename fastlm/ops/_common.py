@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastlm import _backend, _trace
+from fastlm import _backend, _native, _trace
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -84,6 +84,8 @@ def is_plain(x: Any, *others: Any) -> bool:
 
     The op then checks its arguments itself, so that a call of one step does not spend its time on checks.
     """
+    if _native.module is None:  # the pure implementation checks nothing
+        return False
     for tensor in others:
         if tensor is not None and not (type(tensor) in _PLAIN_TYPES and tensor.is_cpu):
             return False
