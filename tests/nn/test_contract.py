@@ -255,7 +255,8 @@ def test_computed_weights(name: str, norm) -> None:
         assert got.shape == parameter.shape
         assert got.abs().sum() > 0
     with torch.no_grad():
-        list(ours.parameters())[-1].mul_(2)
+        last = list(ours.parameters())[-1]
+        last.add_(torch.linspace(0, 1, last.numel()).view_as(last))  # a factor would be normalised away
     assert not same_to_the_bit(ours(*call), theirs(*call))
 
 
