@@ -11,7 +11,8 @@ Tensor gemm(const Tensor& a_in, const Tensor& b_in, bool transpose_a, bool trans
   const Tensor a = dense(a_in, "a", {a_in.size(0), a_in.size(1)}, dtype);
   const Tensor b = dense(b_in, "b", {b_in.size(0), b_in.size(1)}, dtype);
   const int64_t m = a.size(transpose_a ? 1 : 0), k = a.size(transpose_a ? 0 : 1), n = b.size(transpose_b ? 0 : 1);
-  check(b.size(transpose_b ? 1 : 0) == k, "gemm: inner sizes differ");
+  const int64_t b_k = b.size(transpose_b ? 1 : 0);
+  if (b_k != k) fail("gemm: b: expected inner size " + std::to_string(k) + " (that of a), got " + std::to_string(b_k));
   const Tensor c = empty(a, {m, n});
   dispatch(dtype, "gemm", [&](auto zero) {
     using T = decltype(zero);

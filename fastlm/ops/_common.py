@@ -198,6 +198,23 @@ def call(op: Callable[..., _R], record: bool, *args: object) -> _R:
         return op(*args)
 
 
+def recorded(
+    op: Callable[..., tuple[Tensor, ...]], setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """An op with its registered derivative, for plain calls: torch.library's route costs more than a step itself."""
+
+    class Recorded(torch.autograd.Function):
+        # Not as `setup_context` of its own: torch would inspect the signature of `forward` at every call.
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+            outputs = call(op, False, *inputs)
+            setup_context(ctx, inputs, outputs)
+            return outputs
+
+    Recorded.backward = staticmethod(backward)  # type: ignore[method-assign]
+    return Recorded.apply
+
+
 def contiguous_or_none(grad: Tensor | None) -> Tensor | None:
     """An incoming gradient in dense form: autograd may hand over zero strides."""
     return None if grad is None else grad.contiguous()

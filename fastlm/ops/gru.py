@@ -48,7 +48,7 @@ def gru(
     if _common.is_plain(x, h0, w_ih, w_hh, b_ih, b_hh):
         record = _common.requires_grad(x, h0, w_ih, w_hh, b_ih, b_hh)
         try:
-            run = _Recorded.apply if record else _forward_plain
+            run = _recorded if record else _forward_plain
             output, h_n, _ = run(x, h0, w_ih, w_hh, b_ih, b_hh, reverse, record)
             return output, h_n
         except (RuntimeError, ValueError):
@@ -157,16 +157,4 @@ def _autograd_backward(ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | 
 
 
 torch.library.register_autograd("fastlm::gru_forward", _autograd_backward, setup_context=_setup_context)
-
-
-class _Recorded(torch.autograd.Function):
-    """The registered derivative for plain calls: torch.library's route to it costs more than a step's arithmetic."""
-
-    # Not as `setup_context` of its own: torch would inspect the signature of `forward` at every call.
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        outputs = _forward_plain(*inputs)
-        _setup_context(ctx, inputs, outputs)
-        return outputs
-
-    backward = staticmethod(_autograd_backward)
+_recorded = _common.recorded(_forward, _setup_context, _autograd_backward)
