@@ -62,11 +62,26 @@ class Recurrent:
     b_ih: Tensor | None
     b_hh: Tensor | None
     reverse: bool = False
+    lengths: Tensor | None = None
+    batch_sizes: Tensor | None = None  # x is packed
+    reset_mask: Tensor | None = None
+    all_states: bool = False
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors present, by name."""
+        """The floating-point tensors present, by name."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {name: value for name, value in values if isinstance(value, Tensor)}
+        return {name: value for name, value in values if isinstance(value, Tensor) and value.is_floating_point()}
+
+    def sequences(self) -> dict[str, Tensor | None]:
+        """Which steps the sequences have, as the public ops take it."""
+        return {"lengths": self.lengths, "batch_sizes": self.batch_sizes, "reset_mask": self.reset_mask}
+
+    def op_arguments(self, save: bool) -> tuple:
+        """Arguments of the registered forward op."""
+        states = (self.h0,) if self.kind == "gru" else (self.h0, self.c0)
+        weights = (self.w_ih, self.w_hh, self.b_ih, self.b_hh)
+        options = (self.reverse, save) if self.kind == "gru" else (self.reverse, save, self.all_states)
+        return (self.x, *states, *weights, *self.sequences().values(), *options)
 
     def map(self, function: Callable[[str, Tensor], Tensor]) -> "Recurrent":
         """The same case with every tensor present replaced by function(name, tensor)."""
@@ -114,6 +129,24 @@ def make_recurrent(
     return case.map(lambda _, tensor: tensor.to(dtype).requires_grad_(requires_grad))
 
 
+def with_sequences(case: Recurrent, form: str, *, seed: int = 0) -> Recurrent:
+    """The case over sequences of random lengths, zero among them ("lengths"; "packed" as well, but none of zero), with
+    random resets ("resets"), or "both" lengths and resets. What lies past a length is NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    seq_len, batch, _ = case.x.shape
+    lengths = torch.randint(0, seq_len + 1, (batch,), generator=generator)
+    reset_mask = torch.rand(seq_len, batch, generator=generator) < 0.3
+    if form == "resets":
+        return replace(case, reset_mask=reset_mask)
+    if form == "packed":
+        lengths = lengths.clamp(min=1).sort(descending=True).values
+        inside = torch.arange(int(lengths.max()))[:, None] < lengths
+        return replace(case, x=case.x[: len(inside)][inside], batch_sizes=inside.sum(1))
+    past = torch.arange(seq_len)[:, None] >= lengths
+    x = case.x.masked_fill(past[..., None], float("nan"))
+    return replace(case, x=x, lengths=lengths, reset_mask=reset_mask if form == "both" else None)
+
+
 Outputs = dict[str, Tensor]
 Runner = Callable[[Recurrent], Outputs]
 
@@ -130,29 +163,82 @@ def run_reference(case: Recurrent) -> Outputs:
 
 def _run(gru: Callable, lstm: Callable, case: Recurrent) -> Outputs:
     weights = (case.w_ih, case.w_hh, case.b_ih, case.b_hh)
+    options = {**case.sequences(), "reverse": case.reverse}
     if case.kind == "gru":
-        output, h_n = gru(case.x, case.h0, *weights, reverse=case.reverse)
+        output, h_n = gru(case.x, case.h0, *weights, **options)
         return {"output": output, "h_n": h_n}
-    output, (h_n, c_n) = lstm(case.x, (case.h0, case.c0), *weights, reverse=case.reverse)
-    return {"output": output, "h_n": h_n, "c_n": c_n}
+    if case.all_states and lstm is fastlm.ops.lstm:
+        options["return_all_states"] = True
+    output, (h_n, c_n), *cells = lstm(case.x, (case.h0, case.c0), *weights, **options)
+    return {"output": output, "h_n": h_n, "c_n": c_n, **({"cells": cells[0]} if case.all_states else {})}
 
 
 def run_torch(case: Recurrent) -> Outputs:
     """What torch.nn.GRU and torch.nn.LSTM compute: the functions their forward calls."""
-    x = case.x.flip(0) if case.reverse else case.x
-    biased = case.b_ih is not None or case.b_hh is not None
+    hidden = case.w_hh.shape[1]
+    plain = all(value is None for value in case.sequences().values()) and not case.all_states
+    batch = int(case.batch_sizes[0]) if case.batch_sizes is not None else case.x.shape[1]
+    h0, c0 = (case.x.new_zeros(batch, hidden) if state is None else state for state in (case.h0, case.c0))
+    states = (h0,) if case.kind == "gru" else (h0, c0)
+    output, *states = _torch_whole(case, case.x, states) if plain or batch == 0 else _torch_one_by_one(case, states)
+    names = ("h_n",) if case.kind == "gru" else ("h_n", "c_n", "cells")
+    return {"output": output, **dict(zip(names, states, strict=False))}
+
+
+def _torch_whole(case: Recurrent, x: Tensor, states: tuple[Tensor, ...]) -> list[Tensor]:
+    """output and last states of torch over x (T, B, I), all of whose steps belong to one sequence each."""
     weights = [case.w_ih, case.w_hh]
+    biased = case.b_ih is not None or case.b_hh is not None
     if biased:
         weights += [case.w_ih.new_zeros(case.w_ih.shape[0]) if b is None else b for b in (case.b_ih, case.b_hh)]
-    zeros = x.new_zeros(x.shape[1], case.w_hh.shape[1])
-    h0, c0 = ((zeros if state is None else state).unsqueeze(0) for state in (case.h0, case.c0))
+    hx = [state.unsqueeze(0) for state in states]
     options = (biased, 1, 0.0, False, False, False)
-    if case.kind == "gru":
-        output, *states = torch.gru(x, h0, weights, *options)
+    x = x.flip(0) if case.reverse else x
+    output, *last = (
+        torch.gru(x, hx[0], weights, *options) if case.kind == "gru" else torch.lstm(x, hx, weights, *options)
+    )
+    return [output.flip(0) if case.reverse else output, *(state.squeeze(0) for state in last)]
+
+
+def _torch_one_by_one(case: Recurrent, states: tuple[Tensor, ...]) -> list[Tensor]:
+    """The truth about lengths and resets: a loop over single sequences, split where they start anew."""
+    batch = states[0].shape[0]
+    if case.batch_sizes is None:
+        lengths = [case.x.shape[0]] * batch if case.lengths is None else case.lengths.tolist()
+        rows = [[t * batch + b for t in range(length)] for b, length in enumerate(lengths)]
     else:
-        output, *states = torch.lstm(x, (h0, c0), weights, *options)
-    output = output.flip(0) if case.reverse else output
-    return {"output": output, **dict(zip(("h_n", "c_n"), (state.squeeze(0) for state in states), strict=False))}
+        first = [0, *torch.cumsum(case.batch_sizes, 0).tolist()]
+        rows = [[first[t] + b for t, size in enumerate(case.batch_sizes.tolist()) if b < size] for b in range(batch)]
+    x = case.x.flatten(0, -2)
+    kinds = len(states) if case.all_states else 1
+    made = [x.new_zeros(x.shape[0], case.w_hh.shape[1]) for _ in range(kinds)]
+    finals = []
+    for b, places in enumerate(rows):
+        resets = [] if case.reset_mask is None else case.reset_mask[: len(places), b].nonzero().flatten().tolist()
+        each, final = _torch_sequence(case, x[places], tuple(state[b : b + 1] for state in states), resets)
+        finals.append(final)
+        if places:
+            made = [full.index_copy(0, torch.tensor(places), e) for full, e in zip(made, each, strict=False)]
+    output, *cells = (rows.view(*case.x.shape[:-1], rows.shape[-1]) for rows in made)
+    return [output, *(torch.cat(final) for final in zip(*finals, strict=True)), *cells]
+
+
+def _torch_sequence(
+    case: Recurrent, x: Tensor, states: tuple[Tensor, ...], resets: list[int]
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Every state of one sequence x (T, I), and the last ones."""
+    cuts = range(len(x) + 1) if case.all_states else sorted({0, *resets, len(x)})
+    pieces = list(zip(cuts, cuts[1:], strict=False))
+    made = []
+    for begin, end in reversed(pieces) if case.reverse else pieces:
+        if begin in resets and not case.reverse:
+            states = tuple(torch.zeros_like(state) for state in states)
+        output, *states = _torch_whole(case, x[begin:end, None], states)
+        made.append((output[:, 0], *(states[1:] if case.all_states else ())))
+        if begin in resets and case.reverse:
+            states = tuple(torch.zeros_like(state) for state in states)
+    made = made[::-1] if case.reverse else made
+    return [torch.cat(each) for each in zip(*made, strict=True)], tuple(states)
 
 
 def incoming(outputs: Outputs, names: Iterable[str] | None = None) -> Outputs:
@@ -181,8 +267,17 @@ def forward_backward(
     outputs = run(leaves)
     grad_outputs = arriving(outputs) if callable(arriving) else incoming(outputs, arriving)
     inputs = leaves.tensors()
-    grads = torch.autograd.grad(
-        [outputs[name] for name in grad_outputs], [inputs[name] for name in names], list(grad_outputs.values())
+    # With resets or zero lengths some input, in torch's loop some output, may play no part: its gradient is zero.
+    used = [name for name in grad_outputs if outputs[name].requires_grad]
+    grads = (
+        torch.autograd.grad(
+            [outputs[name] for name in used],
+            [inputs[name] for name in names],
+            [grad_outputs[name] for name in used],
+            materialize_grads=True,
+        )
+        if used
+        else [torch.zeros_like(inputs[name]) for name in names]
     )
     return {**outputs, **{f"grad_{name}": grad for name, grad in zip(names, grads, strict=True)}}
 

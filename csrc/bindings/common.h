@@ -33,62 +33,69 @@ inline void check(bool holds, const char* message) {
   if (!holds) fail(message);
 }
 
+// The sizes of a tensor of at most three dimensions.
+struct Shape {
+  int64_t sizes[3], count = 0;
+  Shape(std::initializer_list<int64_t> given) {
+    for (const int64_t size : given) sizes[count++] = size;
+  }
+};
+
 // The dense form of an input, checked against what the kernel will read. It keeps a
 // wrong call from reading past the end; fastlm/ops then says it again by the argument's name.
-inline Tensor dense(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape, ScalarType dtype) {
+inline Tensor dense(const Tensor& tensor, const char* name, const Shape& shape, ScalarType dtype) {
   const auto named = [&](const char* text) { return name + std::string(": ") + text; };
-  if (tensor.dim() != static_cast<int64_t>(shape.size())) fail(named("wrong number of dimensions"));
-  int64_t i = 0;
-  for (const int64_t size : shape) {
-    if (tensor.size(i) != size)
-      fail(named("expected size ") + std::to_string(size) + " in dimension " + std::to_string(i) + ", got " +
+  if (tensor.dim() != shape.count) fail(named("wrong number of dimensions"));
+  for (int64_t i = 0; i < shape.count; ++i)
+    if (tensor.size(i) != shape.sizes[i])
+      fail(named("expected size ") + std::to_string(shape.sizes[i]) + " in dimension " + std::to_string(i) + ", got " +
            std::to_string(tensor.size(i)));
-    ++i;
-  }
-  if (tensor.scalar_type() != dtype) fail(named("dtype differs from that of x"));
+  if (tensor.scalar_type() != dtype) fail(named("wrong dtype"));
   if (!tensor.is_cpu()) fail(named("expected a CPU tensor"));
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-inline OptionalTensor dense(const OptionalTensor& tensor, const char* name, std::initializer_list<int64_t> shape,
-                            ScalarType dtype) {
+inline OptionalTensor dense(const OptionalTensor& tensor, const char* name, const Shape& shape, ScalarType dtype) {
   if (!tensor) return std::nullopt;
   return dense(*tensor, name, shape, dtype);
 }
 
 template <class T>
 const T* read(const OptionalTensor& tensor) {
-  return tensor ? tensor->template const_data_ptr<T>() : nullptr;
+  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
 }
 
 template <class T>
 T* write(const OptionalTensor& tensor) {
-  return tensor ? tensor->template mutable_data_ptr<T>() : nullptr;
+  return tensor ? static_cast<T*>(tensor->mutable_data_ptr()) : nullptr;
 }
 
 // Straight to torch's allocator: a small call would feel the dispatcher's microseconds.
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) {
-  constexpr size_t kMaxDims = 3;
-  int64_t strides[kMaxDims], stride = 1;
-  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape.begin()[i], 1)) strides[i] = stride;
-  int32_t dtype = 0, device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
+  int64_t strides[3], stride = 1;
+  for (int64_t i = shape.count; i-- > 0; stride *= std::max<int64_t>(shape.sizes[i], 1)) strides[i] = stride;
+  int32_t device_type = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
-                                                         dtype, device_type, 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      shape.count, shape.sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      device_type, 0, &handle));
   return Tensor(handle);
 }
+inline Tensor empty(const Tensor& like, const Shape& shape) { return empty(like, shape, like.scalar_type()); }
 
 // A result that may not be asked for: then an empty tensor stands in its place.
-inline OptionalTensor empty_if(bool wanted, const Tensor& like, std::initializer_list<int64_t> shape) {
+inline OptionalTensor empty_if(bool wanted, const Tensor& like, const Shape& shape, ScalarType dtype) {
   if (!wanted) return std::nullopt;
-  return empty(like, shape);
+  return empty(like, shape, dtype);
+}
+inline OptionalTensor empty_if(bool wanted, const Tensor& like, const Shape& shape) {
+  return empty_if(wanted, like, shape, like.scalar_type());
 }
 
 inline Tensor or_empty(const OptionalTensor& tensor, const Tensor& like) { return tensor ? *tensor : empty(like, {0}); }
 
-// Calls run(float()) or run(double()) by dtype.
+// Calls run with a value of the element type.
 template <class Run>
 void dispatch(ScalarType dtype, const char* op, const Run& run) {
   if (dtype == ScalarType::Float) return run(float());

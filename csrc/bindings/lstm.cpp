@@ -5,62 +5,66 @@
 namespace fastlm::bindings {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_forward(const Tensor& x_in, const OptionalTensor& h0_in,
-                                                        const OptionalTensor& c0_in, const Tensor& w_ih_in,
-                                                        const Tensor& w_hh_in, const OptionalTensor& b_ih_in,
-                                                        const OptionalTensor& b_hh_in, bool reverse, bool save) {
-  const RecurrentShape s(x_in, w_hh_in, kLstmGates);
-  const auto dtype = x_in.scalar_type();
-  const Tensor x = dense(x_in, "x", {s.seq_len, s.batch, s.input_size}, dtype);
-  const auto h0 = dense(h0_in, "h0", {s.batch, s.hidden}, dtype);
-  const auto c0 = dense(c0_in, "c0", {s.batch, s.hidden}, dtype);
-  const Tensor w_ih = dense(w_ih_in, "w_ih", {s.gates, s.input_size}, dtype);
-  const Tensor w_hh = dense(w_hh_in, "w_hh", {s.gates, s.hidden}, dtype);
-  const auto b_ih = dense(b_ih_in, "b_ih", {s.gates}, dtype);
-  const auto b_hh = dense(b_hh_in, "b_hh", {s.gates}, dtype);
-  const Tensor output = empty(x, {s.seq_len, s.batch, s.hidden});
-  const Tensor h_n = empty(x, {s.batch, s.hidden}), c_n = empty(x, {s.batch, s.hidden});
-  const auto reserve = empty_if(save, x, {s.seq_len, s.batch, kLstmReserve * s.hidden});
-  dispatch(dtype, "lstm_forward", [&](auto zero) {
-    using T = decltype(zero);
-    RecurrentForwardParams<T> p{};
-    s.fill(p);
-    p.x = read<T>(x), p.h0 = read<T>(h0), p.c0 = read<T>(c0), p.w_ih = read<T>(w_ih), p.w_hh = read<T>(w_hh);
-    p.b_ih = read<T>(b_ih), p.b_hh = read<T>(b_hh), p.reverse = reverse;
-    p.output = write<T>(output), p.h_n = write<T>(h_n), p.c_n = write<T>(c_n), p.reserve = write<T>(reserve);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
+    const Tensor& x_in, const OptionalTensor& h0_in, const OptionalTensor& c0_in, const Tensor& w_ih_in,
+    const Tensor& w_hh_in, const OptionalTensor& b_ih_in, const OptionalTensor& b_hh_in, const OptionalTensor& lengths,
+    const OptionalTensor& batch_sizes, const OptionalTensor& reset_mask, bool reverse, bool save, bool all_cells) {
+  const RecurrentCall call(x_in, w_hh_in, kLstmGates, lengths, batch_sizes, reset_mask);
+  const Tensor x = dense(x_in, "x", call.rows(call.input_size), call.dtype);
+  const auto h0 = dense(h0_in, "h0", call.states(), call.dtype);
+  const auto c0 = dense(c0_in, "c0", call.states(), call.dtype);
+  const Tensor w_ih = dense(w_ih_in, "w_ih", {call.gates, call.input_size}, call.dtype);
+  const Tensor w_hh = dense(w_hh_in, "w_hh", {call.gates, call.hidden}, call.dtype);
+  const auto b_ih = dense(b_ih_in, "b_ih", {call.gates}, call.dtype);
+  const auto b_hh = dense(b_hh_in, "b_hh", {call.gates}, call.dtype);
+  const Tensor output = empty(x, call.rows(call.hidden));
+  const auto cells = empty_if(all_cells, x, call.rows(call.hidden));
+  const Tensor h_n = empty(x, call.states()), c_n = empty(x, call.states());
+  const auto reserve = empty_if(save, x, call.rows(kLstmReserve * call.hidden), call.compute_dtype());
+  dispatch_recurrent(call.dtype, "lstm_forward", [&](auto zero) {
+    using S = decltype(zero);
+    RecurrentForwardParams<S> p{};
+    call.fill(p);
+    p.x = read<S>(x), p.h0 = read<S>(h0), p.c0 = read<S>(c0), p.w_ih = read<S>(w_ih), p.w_hh = read<S>(w_hh);
+    p.b_ih = read<S>(b_ih), p.b_hh = read<S>(b_hh), p.reverse = reverse;
+    p.output = write<S>(output), p.cells = write<S>(cells), p.h_n = write<S>(h_n), p.c_n = write<S>(c_n);
+    p.reserve = write<Compute<S>>(reserve);
     cpu::lstm_forward(p, max_threads(), parallel_for);
   });
-  return {output, h_n, c_n, or_empty(reserve, x)};
+  return {output, h_n, c_n, or_empty(cells, x), or_empty(reserve, x)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
     const OptionalTensor& grad_output_in, const OptionalTensor& grad_h_n_in, const OptionalTensor& grad_c_n_in,
-    const Tensor& x_in, const Tensor& w_ih_in, const Tensor& w_hh_in, const Tensor& reserve_in, bool reverse,
-    bool need_x, bool need_h0, bool need_weights, bool need_bias) {
-  const RecurrentShape s(x_in, w_hh_in, kLstmGates);
-  const auto dtype = x_in.scalar_type();
-  const auto grad_output = dense(grad_output_in, "grad_output", {s.seq_len, s.batch, s.hidden}, dtype);
-  const auto grad_h_n = dense(grad_h_n_in, "grad_h_n", {s.batch, s.hidden}, dtype);
-  const auto grad_c_n = dense(grad_c_n_in, "grad_c_n", {s.batch, s.hidden}, dtype);
-  const Tensor x = dense(x_in, "x", {s.seq_len, s.batch, s.input_size}, dtype);
-  const Tensor w_ih = dense(w_ih_in, "w_ih", {s.gates, s.input_size}, dtype);
-  const Tensor w_hh = dense(w_hh_in, "w_hh", {s.gates, s.hidden}, dtype);
-  const Tensor reserve = dense(reserve_in, "reserve", {s.seq_len, s.batch, kLstmReserve * s.hidden}, dtype);
-  const auto grad_x = empty_if(need_x, x, {s.seq_len, s.batch, s.input_size});
-  const auto grad_h0 = empty_if(need_h0, x, {s.batch, s.hidden});
-  const auto grad_c0 = empty_if(need_h0, x, {s.batch, s.hidden});
-  const auto grad_w_ih = empty_if(need_weights, x, {s.gates, s.input_size});
-  const auto grad_w_hh = empty_if(need_weights, x, {s.gates, s.hidden});
-  const auto grad_bias = empty_if(need_bias, x, {s.gates});
-  dispatch(dtype, "lstm_backward", [&](auto zero) {
-    using T = decltype(zero);
-    RecurrentBackwardParams<T> p{};
-    s.fill(p);
-    p.grad_output = read<T>(grad_output), p.grad_h_n = read<T>(grad_h_n), p.grad_c_n = read<T>(grad_c_n);
-    p.x = read<T>(x), p.w_ih = read<T>(w_ih), p.w_hh = read<T>(w_hh), p.reserve = read<T>(reserve);
+    const OptionalTensor& grad_cells_in, const Tensor& x_in, const OptionalTensor& state, const Tensor& w_ih_in,
+    const Tensor& w_hh_in, const OptionalTensor& lengths, const OptionalTensor& batch_sizes,
+    const OptionalTensor& reset_mask, const Tensor& reserve_in, bool reverse, bool need_x, bool need_weights,
+    bool need_bias) {
+  const RecurrentCall call(x_in, w_hh_in, kLstmGates, lengths, batch_sizes, reset_mask);
+  const auto grad_output = dense(grad_output_in, "grad_output", call.rows(call.hidden), call.dtype);
+  const auto grad_cells = dense(grad_cells_in, "grad_cells", call.rows(call.hidden), call.dtype);
+  const auto grad_h_n = dense(grad_h_n_in, "grad_h_n", call.states(), call.dtype);
+  const auto grad_c_n = dense(grad_c_n_in, "grad_c_n", call.states(), call.dtype);
+  const Tensor x = dense(x_in, "x", call.rows(call.input_size), call.dtype);
+  const Tensor w_ih = dense(w_ih_in, "w_ih", {call.gates, call.input_size}, call.dtype);
+  const Tensor w_hh = dense(w_hh_in, "w_hh", {call.gates, call.hidden}, call.dtype);
+  const Tensor reserve = dense(reserve_in, "reserve", call.rows(kLstmReserve * call.hidden), call.compute_dtype());
+  const auto grad_x = empty_if(need_x, x, call.rows(call.input_size));
+  const auto grad_h0 = empty_if(state.has_value(), x, call.states());
+  const auto grad_c0 = empty_if(state.has_value(), x, call.states());
+  const auto grad_w_ih = empty_if(need_weights, x, {call.gates, call.input_size});
+  const auto grad_w_hh = empty_if(need_weights, x, {call.gates, call.hidden});
+  const auto grad_bias = empty_if(need_bias, x, {call.gates});
+  dispatch_recurrent(call.dtype, "lstm_backward", [&](auto zero) {
+    using S = decltype(zero);
+    RecurrentBackwardParams<S> p{};
+    call.fill(p);
+    p.grad_output = read<S>(grad_output), p.grad_cells = read<S>(grad_cells);
+    p.grad_h_n = read<S>(grad_h_n), p.grad_c_n = read<S>(grad_c_n);
+    p.x = read<S>(x), p.w_ih = read<S>(w_ih), p.w_hh = read<S>(w_hh), p.reserve = read<Compute<S>>(reserve);
     p.reverse = reverse;
-    p.grad_x = write<T>(grad_x), p.grad_h0 = write<T>(grad_h0), p.grad_c0 = write<T>(grad_c0);
-    p.grad_w_ih = write<T>(grad_w_ih), p.grad_w_hh = write<T>(grad_w_hh), p.grad_b_ih = write<T>(grad_bias);
+    p.grad_x = write<S>(grad_x), p.grad_h0 = write<S>(grad_h0), p.grad_c0 = write<S>(grad_c0);
+    p.grad_w_ih = write<S>(grad_w_ih), p.grad_w_hh = write<S>(grad_w_hh), p.grad_b_ih = write<S>(grad_bias);
     cpu::lstm_backward(p, max_threads(), parallel_for);
   });
   return {or_empty(grad_x, x),    or_empty(grad_h0, x),   or_empty(grad_c0, x),

@@ -1,8 +1,10 @@
 // What each kernel is told: sizes, pointers, flags. All tensors are dense and row-major; strides are in elements.
-// T is float or double. A pointer that may be null says so.
+// T is float or double; S, what tensors store, is T or BFloat16 (core/dtype.h). A pointer that may be null says so.
 #pragma once
 
 #include <cstdint>
+
+#include "core/dtype.h"
 
 namespace fastlm {
 
@@ -21,43 +23,62 @@ struct GemmParams {
   bool accumulate;  // add to C instead of overwriting it
 };
 
-// One layer and direction over a whole sequence. G gates: 3 (GRU: r, z, n) or 4 (LSTM: i, f, g, o).
-template <class T>
+// Sequences of several lengths (cpu/sequences.h makes it). Work goes over them sorted by falling length, so that the
+// rows of a step are the first ones; rows are counted step by step, "packed" as in torch's PackedSequence.
+struct Ragged {
+  int64_t steps;          // of the longest sequence
+  const int64_t* first;   // (steps + 1): the row that a step begins with; first[steps] rows in all
+  const int64_t* before;  // (B + 1): rows of all sequences before this one
+  const int64_t* place;   // (rows): where a row lies in x, output and their gradients; null: in its own place
+  const int64_t* order;   // (B): where a sequence lies in the batch; null: in its own place
+};
+
+// One layer and direction over a whole sequence. G gates: 3 (GRU: r, z, n) or 4 (LSTM: i, f, g, o). Where ragged has
+// no `place`, (T, B) rows are its packed ones; the reserve always has these.
+template <class S>
 struct RecurrentForwardParams {
+  using T = Compute<S>;
   int64_t seq_len, batch, input_size, hidden;
-  const T* x;     // (T, B, I)
-  const T* h0;    // (B, H) or null: zeros
-  const T* c0;    // (B, H) or null: zeros; LSTM only
-  const T* w_ih;  // (G*H, I)
-  const T* w_hh;  // (G*H, H)
-  const T* b_ih;  // (G*H) or null
-  const T* b_hh;  // (G*H) or null
+  const Ragged* ragged;  // or null: all sequences have seq_len steps
+  const bool* resets;    // (T, B) or null: where the sequence of a batch row starts anew; never for packed tensors
+  const S* x;            // (T, B, I)
+  const S* h0;           // (B, H) or null: zeros
+  const S* c0;           // (B, H) or null: zeros; LSTM only
+  const S* w_ih;         // (G*H, I)
+  const S* w_hh;         // (G*H, H)
+  const S* b_ih;         // (G*H) or null
+  const S* b_hh;         // (G*H) or null
   bool reverse;
-  T* output;   // (T, B, H)
-  T* h_n;      // (B, H)
-  T* c_n;      // (B, H); LSTM only
+  S* output;   // (T, B, H); 0 past a sequence's end
+  S* cells;    // (T, B, H) or null: c after every step, 0 past a sequence's end; LSTM only
+  S* h_n;      // (B, H)
+  S* c_n;      // (B, H); LSTM only
   T* reserve;  // (T, B, R*H) or null; GRU R = 5: r, z, n, U_n h + b_hn, h before the step;
                // LSTM R = 6: i, f, g, o, c before the step, h before the step
 };
 
-template <class T>
+template <class S>
 struct RecurrentBackwardParams {
+  using T = Compute<S>;
   int64_t seq_len, batch, input_size, hidden;
-  const T* grad_output;  // (T, B, H) or null: zeros
-  const T* grad_h_n;     // (B, H) or null: zeros
-  const T* grad_c_n;     // (B, H) or null: zeros; LSTM only
-  const T* x;            // (T, B, I)
-  const T* w_ih;         // (G*H, I)
-  const T* w_hh;         // (G*H, H)
+  const Ragged* ragged;  // as in forward, and so what follows
+  const bool* resets;
+  const S* grad_output;  // (T, B, H) or null: zeros
+  const S* grad_cells;   // (T, B, H) or null: zeros; LSTM only
+  const S* grad_h_n;     // (B, H) or null: zeros
+  const S* grad_c_n;     // (B, H) or null: zeros; LSTM only
+  const S* x;            // (T, B, I)
+  const S* w_ih;         // (G*H, I)
+  const S* w_hh;         // (G*H, H)
   const T* reserve;      // as forward left it
   bool reverse;
-  T* grad_x;     // (T, B, I) or null: not needed; so for all that follow
-  T* grad_h0;    // (B, H)
-  T* grad_c0;    // (B, H); LSTM only
-  T* grad_w_ih;  // (G*H, I)
-  T* grad_w_hh;  // (G*H, H)
-  T* grad_b_ih;  // (G*H)
-  T* grad_b_hh;  // (G*H); GRU only, an LSTM's two biases share grad_b_ih
+  S* grad_x;     // (T, B, I) or null: not needed; so for all that follow
+  S* grad_h0;    // (B, H)
+  S* grad_c0;    // (B, H); LSTM only
+  S* grad_w_ih;  // (G*H, I)
+  S* grad_w_hh;  // (G*H, H)
+  S* grad_b_ih;  // (G*H)
+  S* grad_b_hh;  // (G*H); GRU only, an LSTM's two biases share grad_b_ih
 };
 
 }  // namespace fastlm

@@ -12,10 +12,12 @@ namespace fastlm::cpu {
   extern const GemmKernels<double> kGemmDouble;                                             \
   extern const RecurrentKernels<float> kGruFloat, kLstmFloat;                               \
   extern const RecurrentKernels<double> kGruDouble, kLstmDouble;                            \
+  extern const RecurrentKernels<BFloat16> kGruBFloat16, kLstmBFloat16;                      \
   extern const MathKernels<float> kMathFloat;                                               \
   extern const MathKernels<double> kMathDouble;                                             \
   constexpr Kernels<float> kFloat{&kGemmFloat, &kGruFloat, &kLstmFloat, &kMathFloat};       \
   constexpr Kernels<double> kDouble{&kGemmDouble, &kGruDouble, &kLstmDouble, &kMathDouble}; \
+  constexpr Kernels<BFloat16> kBFloat16{&kGruBFloat16, &kLstmBFloat16};                     \
   }
 FASTLM_DECLARE_ISA(scalar)
 #if defined(__x86_64__)
@@ -33,6 +35,7 @@ struct Isa {
   bool (*usable)();
   const Kernels<float>* kernels_float;
   const Kernels<double>* kernels_double;
+  const Kernels<BFloat16>* kernels_bfloat16;
 };
 
 #if defined(__x86_64__)
@@ -46,13 +49,13 @@ bool has_avx512() {
 
 // Plainest first: the default is the last usable one that is not for tests.
 const Isa kIsas[] = {
-    {"scalar", [] { return true; }, &scalar::kFloat, &scalar::kDouble},
+    {"scalar", [] { return true; }, &scalar::kFloat, &scalar::kDouble, &scalar::kBFloat16},
 #ifdef FASTLM_WIDE_ISA
-    {"wide", has_avx2, &wide::kFloat, &wide::kDouble},
+    {"wide", has_avx2, &wide::kFloat, &wide::kDouble, &wide::kBFloat16},
 #endif
 #if defined(__x86_64__)
-    {"avx2", has_avx2, &avx2::kFloat, &avx2::kDouble},
-    {"avx512", has_avx512, &avx512::kFloat, &avx512::kDouble},
+    {"avx2", has_avx2, &avx2::kFloat, &avx2::kDouble, &avx2::kBFloat16},
+    {"avx512", has_avx512, &avx512::kFloat, &avx512::kDouble, &avx512::kBFloat16},
 #endif
 };
 
@@ -85,6 +88,11 @@ const Kernels<float>& kernels() {
 template <>
 const Kernels<double>& kernels() {
   return *current().load(std::memory_order_relaxed)->kernels_double;
+}
+
+template <>
+const Kernels<BFloat16>& kernels() {
+  return *current().load(std::memory_order_relaxed)->kernels_bfloat16;
 }
 
 std::string isa() { return current().load()->name; }

@@ -17,10 +17,10 @@ struct GemmKernels {
   double (*fma_peak)(double seconds);
 };
 
-template <class T>
+template <class S>
 struct RecurrentKernels {
-  void (*forward)(const RecurrentForwardParams<T>&, const RecurrentPlan&, ParallelFor);
-  void (*backward)(const RecurrentBackwardParams<T>&, const RecurrentPlan&, ParallelFor);
+  void (*forward)(const RecurrentForwardParams<S>&, const RecurrentPlan&, ParallelFor);
+  void (*backward)(const RecurrentBackwardParams<S>&, const RecurrentPlan&, ParallelFor);
 };
 
 // For accuracy sweeps: y[i] = f(x[i]).
@@ -37,6 +37,10 @@ struct Kernels {
   const GemmKernels<T>* gemm;
   const RecurrentKernels<T>*gru, *lstm;
   const MathKernels<T>* math;
+};
+template <>
+struct Kernels<BFloat16> {
+  const RecurrentKernels<BFloat16>*gru, *lstm;
 };
 
 // The table of the current ISA.

@@ -17,14 +17,18 @@ constexpr double kFlopsPerNs = 60;             // of one core, cautiously
 constexpr double kBytesPerNs = 40;             // weights from L3, one core
 constexpr double kNsPerThread = 12000;         // below this much work per member a second thread loses
 
-int64_t chunk_steps(int64_t rows, int64_t batch, int64_t seq_len) {
-  return std::clamp<int64_t>(rows / std::max<int64_t>(batch, 1), 1, std::max<int64_t>(seq_len, 1));
+// Rows of some whole steps of the full batch; of steps that shrink, a chunk may take more.
+int64_t chunk_rows(int64_t most, int64_t batch, int64_t steps) {
+  return std::clamp<int64_t>(most / std::max<int64_t>(batch, 1), 1, std::max<int64_t>(steps, 1)) * batch;
 }
 
-template <class T, class Params>
+template <class Params>
 RecurrentPlan make_plan(const Params& p, int gates, int max_threads, bool backward) {
+  using T = typename Params::T;
+  const int64_t rows = p.ragged ? p.ragged->first[p.ragged->steps] : p.seq_len * p.batch;
+  const int64_t steps = p.ragged ? p.ragged->steps : p.seq_len;
   const double weights = static_cast<double>(gates) * p.hidden * (p.input_size + p.hidden);
-  const double flops = (backward ? 4. : 2.) * p.seq_len * p.batch * weights;
+  const double flops = (backward ? 4. : 2.) * rows * weights;
   // A step with few rows waits for the weights, not for the arithmetic.
   const double bytes = weights * sizeof(T) * std::min<int64_t>(p.batch, 1) * (backward ? 2 : 1);
   RecurrentPlan plan{};
@@ -34,53 +38,53 @@ RecurrentPlan make_plan(const Params& p, int gates, int max_threads, bool backwa
   // sharing the batch saves the barriers.
   const bool fits = static_cast<double>(gates) * p.hidden * p.hidden * sizeof(T) <= kBytesInL2;
   plan.split_batch = plan.threads == 1 || (fits && p.batch >= kRowsToSplit * plan.threads);
-  const int64_t rows = p.seq_len * p.batch;
-  plan.direct = rows <= (backward ? 6 : 16) || (p.seq_len == 1 && rows <= 48);
-  plan.forward_chunk = chunk_steps(plan.split_batch ? kForwardRows : kForwardRows / 2, p.batch, p.seq_len);
+  plan.direct = rows <= (backward ? 6 : 16) || (steps == 1 && rows <= 48);
+  plan.forward_rows = chunk_rows(plan.split_batch ? kForwardRows : kForwardRows / 2, p.batch, steps);
   const int64_t row_bytes = kSlots * p.hidden * static_cast<int64_t>(sizeof(T));
-  plan.backward_chunk =
-      chunk_steps(std::max(kBackwardRowsAtLeast, kBackwardBytes / std::max<int64_t>(row_bytes, 1)), p.batch, p.seq_len);
+  plan.backward_rows =
+      chunk_rows(std::max(kBackwardRowsAtLeast, kBackwardBytes / std::max<int64_t>(row_bytes, 1)), p.batch, steps);
   return plan;
 }
 
 }  // namespace
 
-template <class T>
-RecurrentPlan RecurrentPlan::make(const RecurrentForwardParams<T>& p, int gates, int max_threads) {
-  return make_plan<T>(p, gates, max_threads, false);
+template <class S>
+RecurrentPlan RecurrentPlan::make(const RecurrentForwardParams<S>& p, int gates, int max_threads) {
+  return make_plan(p, gates, max_threads, false);
 }
 
-template <class T>
-RecurrentPlan RecurrentPlan::make(const RecurrentBackwardParams<T>& p, int gates, int max_threads) {
-  return make_plan<T>(p, gates, max_threads, true);
+template <class S>
+RecurrentPlan RecurrentPlan::make(const RecurrentBackwardParams<S>& p, int gates, int max_threads) {
+  return make_plan(p, gates, max_threads, true);
 }
 
-template <class T>
-void gru_forward(const RecurrentForwardParams<T>& p, int max_threads, ParallelFor parallel_for) {
-  kernels<T>().gru->forward(p, RecurrentPlan::make(p, kGruGates, max_threads), parallel_for);
+template <class S>
+void gru_forward(const RecurrentForwardParams<S>& p, int max_threads, ParallelFor parallel_for) {
+  kernels<S>().gru->forward(p, RecurrentPlan::make(p, kGruGates, max_threads), parallel_for);
 }
 
-template <class T>
-void gru_backward(const RecurrentBackwardParams<T>& p, int max_threads, ParallelFor parallel_for) {
-  kernels<T>().gru->backward(p, RecurrentPlan::make(p, kGruGates, max_threads), parallel_for);
+template <class S>
+void gru_backward(const RecurrentBackwardParams<S>& p, int max_threads, ParallelFor parallel_for) {
+  kernels<S>().gru->backward(p, RecurrentPlan::make(p, kGruGates, max_threads), parallel_for);
 }
 
-template <class T>
-void lstm_forward(const RecurrentForwardParams<T>& p, int max_threads, ParallelFor parallel_for) {
-  kernels<T>().lstm->forward(p, RecurrentPlan::make(p, kLstmGates, max_threads), parallel_for);
+template <class S>
+void lstm_forward(const RecurrentForwardParams<S>& p, int max_threads, ParallelFor parallel_for) {
+  kernels<S>().lstm->forward(p, RecurrentPlan::make(p, kLstmGates, max_threads), parallel_for);
 }
 
-template <class T>
-void lstm_backward(const RecurrentBackwardParams<T>& p, int max_threads, ParallelFor parallel_for) {
-  kernels<T>().lstm->backward(p, RecurrentPlan::make(p, kLstmGates, max_threads), parallel_for);
+template <class S>
+void lstm_backward(const RecurrentBackwardParams<S>& p, int max_threads, ParallelFor parallel_for) {
+  kernels<S>().lstm->backward(p, RecurrentPlan::make(p, kLstmGates, max_threads), parallel_for);
 }
 
-#define FASTLM_INSTANTIATE(T)                                                      \
-  template void gru_forward(const RecurrentForwardParams<T>&, int, ParallelFor);   \
-  template void gru_backward(const RecurrentBackwardParams<T>&, int, ParallelFor); \
-  template void lstm_forward(const RecurrentForwardParams<T>&, int, ParallelFor);  \
-  template void lstm_backward(const RecurrentBackwardParams<T>&, int, ParallelFor)
+#define FASTLM_INSTANTIATE(S)                                                      \
+  template void gru_forward(const RecurrentForwardParams<S>&, int, ParallelFor);   \
+  template void gru_backward(const RecurrentBackwardParams<S>&, int, ParallelFor); \
+  template void lstm_forward(const RecurrentForwardParams<S>&, int, ParallelFor);  \
+  template void lstm_backward(const RecurrentBackwardParams<S>&, int, ParallelFor)
 FASTLM_INSTANTIATE(float);
 FASTLM_INSTANTIATE(double);
+FASTLM_INSTANTIATE(BFloat16);
 
 }  // namespace fastlm::cpu

@@ -10,26 +10,26 @@
 namespace fastlm::cpu {
 
 struct RecurrentPlan {
-  int threads;             // wanted members
-  bool split_batch;        // share rows of the batch, or units of the hidden state (one barrier a step)
-  bool direct;             // so few rows in all that weights are not packed beforehand but read in place
-  int64_t forward_chunk;   // steps whose input projection is made at once
-  int64_t backward_chunk;  // steps between two rounds of weight gradients
-  int64_t work_ns;         // rough time on one thread
+  int threads;            // wanted members
+  bool split_batch;       // share rows of the batch, or units of the hidden state (one barrier a step)
+  bool direct;            // so few rows in all that weights are not packed beforehand but read in place
+  int64_t forward_rows;   // rows at most whose input projection is made at once, one step's at least
+  int64_t backward_rows;  // rows at most between two rounds of weight gradients
+  int64_t work_ns;        // rough time on one thread
 
-  template <class T>
-  static RecurrentPlan make(const RecurrentForwardParams<T>& p, int gates, int max_threads);
-  template <class T>
-  static RecurrentPlan make(const RecurrentBackwardParams<T>& p, int gates, int max_threads);
+  template <class S>
+  static RecurrentPlan make(const RecurrentForwardParams<S>& p, int gates, int max_threads);
+  template <class S>
+  static RecurrentPlan make(const RecurrentBackwardParams<S>& p, int gates, int max_threads);
 };
 
-template <class T>
-void gru_forward(const RecurrentForwardParams<T>& p, int max_threads, ParallelFor parallel_for);
-template <class T>
-void gru_backward(const RecurrentBackwardParams<T>& p, int max_threads, ParallelFor parallel_for);
-template <class T>
-void lstm_forward(const RecurrentForwardParams<T>& p, int max_threads, ParallelFor parallel_for);
-template <class T>
-void lstm_backward(const RecurrentBackwardParams<T>& p, int max_threads, ParallelFor parallel_for);
+template <class S>
+void gru_forward(const RecurrentForwardParams<S>& p, int max_threads, ParallelFor parallel_for);
+template <class S>
+void gru_backward(const RecurrentBackwardParams<S>& p, int max_threads, ParallelFor parallel_for);
+template <class S>
+void lstm_forward(const RecurrentForwardParams<S>& p, int max_threads, ParallelFor parallel_for);
+template <class S>
+void lstm_backward(const RecurrentBackwardParams<S>& p, int max_threads, ParallelFor parallel_for);
 
 }  // namespace fastlm::cpu

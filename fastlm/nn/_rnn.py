@@ -1,9 +1,7 @@
-"""Layers, directions, layouts and packed sequences around the one-layer operations, for GRU and LSTM alike."""
+"""Layers, directions, layouts, lengths and dropout around the one-layer operations, for GRU and LSTM alike."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import accumulate
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +9,17 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from fastlm.nn._twin import TorchTwin, read_weights
+from fastlm.ops import _common
 
 States = Sequence[Any]  # one Tensor per kind of state (h, and c of an LSTM), or None for zeros
-# One layer and direction: (x, states (B, *), weights, reverse) -> (output, new states).
-Layer = Callable[[Tensor, States, list[Tensor], bool], tuple[Tensor, States]]
+
+
+class Run(NamedTuple):
+    """What a layer or a whole module gives: `every` holds each kind of state after every step, or None."""
+
+    output: Any
+    finals: States
+    every: States | None
 
 
 class Recurrent(TorchTwin, torch.nn.RNNBase):
@@ -25,97 +30,130 @@ class Recurrent(TorchTwin, torch.nn.RNNBase):
 
     _state_size_texts: ClassVar[tuple[str, ...]]
 
-    def _layer(self, x: Tensor, states: States, weights: list[Tensor], reverse: bool) -> tuple[Tensor, States]:
-        """One layer and direction over time-major x (T, B, I); states and results (B, *)."""
+    # Of the class, for modules that fastlm.replace made without a constructor.
+    weight_dropout: float = 0.0
+    locked_dropout: bool = False
+
+    def _set_options(self, weight_dropout: float, locked_dropout: bool) -> None:
+        if isinstance(weight_dropout, bool) or not 0 <= weight_dropout <= 1:
+            raise ValueError(f"weight_dropout: expected a number from 0 to 1, got {weight_dropout!r}")
+        self.weight_dropout, self.locked_dropout = weight_dropout, locked_dropout
+
+    def _layer(
+        self,
+        x: Tensor,
+        states: States,
+        weights: list[Tensor],
+        sequences: _common.Sequences,
+        reverse: bool,
+        every: bool,
+    ) -> Run:
+        """One layer and direction over time-major x (T, B, I) or packed rows; states and finals (B, *)."""
         raise NotImplementedError
 
     def _state_rank_text(self, rank: int, states: States) -> str:
         """The error text where states do not have the rank of the input."""
         raise NotImplementedError
 
-    def _run(self, input: Any, states: States | None) -> tuple[Any, States]:
-        """Runs the whole module: states and results (L * D, B, *), one tensor per kind of state."""
+    def _run(self, input: Any, states: States | None, lengths: Any, reset_mask: Any, every: bool) -> Run:
+        """Runs the whole module: states and finals (L * D, B, *), one tensor per kind of state."""
         if isinstance(input, PackedSequence):
-            return self._run_packed(input, states)
+            for name, value in (("lengths", lengths), ("reset_mask", reset_mask)):
+                if value is not None:
+                    raise ValueError(f"{name}: expected None together with a PackedSequence")
+            return self._run_packed(input, states, every)
         rank = input.dim()
         if rank == 3:
             if not self.batch_first:
-                return self._run_time_major(input, states)
-            output, finals = self._run_time_major(input.transpose(0, 1), states)
-            return output.transpose(0, 1), finals
+                return self._run_time_major(input, states, lengths, reset_mask, every)
+            if isinstance(reset_mask, Tensor):
+                _common.check_shape("reset_mask", reset_mask, tuple(input.shape[:2]), "(B, T)")
+                reset_mask = reset_mask.transpose(0, 1)
+            run = self._run_time_major(input.transpose(0, 1), states, lengths, reset_mask, every)
+            return Run(run.output.transpose(0, 1), run.finals, _each(run.every, lambda state: state.transpose(1, 2)))
         if rank != 2:
             raise ValueError(f"{self.mode}: Expected input to be 2D or 3D, got {rank}D instead")
+        return self._run_unbatched(input, states, lengths, reset_mask, every)
+
+    def _run_unbatched(self, input: Tensor, states: States | None, lengths: Any, reset_mask: Any, every: bool) -> Run:
+        if lengths is not None:
+            raise ValueError("lengths: expected None with an unbatched input (T, I)")
+        if isinstance(reset_mask, Tensor):
+            _common.check_shape("reset_mask", reset_mask, (input.shape[0],), "(T,)")
+            reset_mask = reset_mask.unsqueeze(1)
         if states is not None:
             self._check_state_ranks(2, states)
             states = [state.unsqueeze(1) for state in states]
-        output, finals = self._run_time_major(input.unsqueeze(1), states)
-        return output.squeeze(1), [final.squeeze(1) for final in finals]
+        run = self._run_time_major(input.unsqueeze(1), states, None, reset_mask, every)
+        return Run(
+            run.output.squeeze(1),
+            [final.squeeze(1) for final in run.finals],
+            _each(run.every, lambda state: state.squeeze(2)),
+        )
 
-    def _run_time_major(self, x: Tensor, states: States | None) -> tuple[Tensor, States]:
+    def _run_time_major(self, x: Tensor, states: States | None, lengths: Any, reset_mask: Any, every: bool) -> Run:
         seq_len, batch, _ = x.shape
         layers = [read_weights(self, names) for names in self._all_weights]
         self._check_sizes(x, layers[0][0].dtype, None, batch, states)
         if seq_len == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        return self._stack_layers(x, states, layers, self._layer)
+        sequences = _common.check_sequences(x, lengths, None, reset_mask)
+        return self._stack_layers(x, states, layers, sequences, every)
 
-    def _run_packed(self, packed: PackedSequence, states: States | None) -> tuple[Any, States]:
+    def _run_packed(self, packed: PackedSequence, states: States | None, every: bool) -> Run:
         data, batch_sizes, sorted_indices, unsorted_indices = packed
-        batch = int(batch_sizes[0])
         layers = [read_weights(self, names) for names in self._all_weights]
-        self._check_sizes(data, layers[0][0].dtype, batch_sizes, batch, states)
-        if states is None:
-            # Unlike one call over equal lengths, a segment may need the zeros of only some rows.
-            states = [data.new_zeros(len(layers), batch, width) for width in self._state_widths()]
-        elif sorted_indices is not None:
+        self._check_sizes(data, layers[0][0].dtype, batch_sizes, int(batch_sizes[0]), states)
+        if states is not None and sorted_indices is not None:
             states = [state.index_select(1, sorted_indices) for state in states]
-        output, finals = self._stack_layers(data, states, layers, partial(self._packed_layer, _segments(batch_sizes)))
+        run = self._stack_layers(data, states, layers, _common.Sequences(None, batch_sizes, None), every)
+        finals = run.finals
         if unsorted_indices is not None:
             finals = [final.index_select(1, unsorted_indices) for final in finals]
-        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), finals
+        output = PackedSequence(run.output, batch_sizes, sorted_indices, unsorted_indices)
+        return Run(output, finals, run.every)
 
     def _stack_layers(
-        self, x: Tensor, states: States | None, layers: list[list[Any]], run_layer: Layer
-    ) -> tuple[Tensor, States]:
+        self,
+        x: Tensor,
+        states: States | None,
+        layers: list[list[Any]],
+        sequences: _common.Sequences,
+        every: bool,
+    ) -> Run:
         missing: States = [None] * len(self._state_size_texts)
-        if len(layers) == 1:
+        drops = self.training and self.weight_dropout > 0
+        if len(layers) == 1 and not drops:
             initial = missing if states is None else [state[0] for state in states]
-            output, finals = run_layer(x, initial, layers[0], False)
+            run = self._layer(x, initial, layers[0], sequences, False, every)
             # In place, for a view would refuse the usual `h_n.detach_()`.
-            return output, [final.unsqueeze_(0) for final in finals]
+            return Run(run.output, [f.unsqueeze_(0) for f in run.finals], _each(run.every, lambda s: s.unsqueeze(0)))
         directions = 2 if self.bidirectional else 1
-        outputs: list[Tensor] = []
-        all_finals = []
+        runs: list[Run] = []
         for index, weights in enumerate(layers):
             initial = missing if states is None else [state[index] for state in states]
-            output, finals = run_layer(x, initial, weights, index % directions == 1)
-            outputs.append(output)
-            all_finals.append(finals)
-            if len(outputs) == directions:
-                x = output if directions == 1 else torch.cat(outputs, -1)
-                outputs = []
-                if self.dropout and index + 1 < len(layers):
-                    x = dropout(x, self.dropout, self.training)
-        return x, [torch.stack(final) for final in zip(*all_finals, strict=True)]
+            if drops:
+                weights = [weights[0], dropout(weights[1], self.weight_dropout), *weights[2:]]
+            runs.append(self._layer(x, initial, weights, sequences, index % directions == 1, every))
+            if (index + 1) % directions == 0:
+                outputs = [run.output for run in runs[-directions:]]
+                x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+                if self.dropout and self.training and index + 1 < len(layers):
+                    x = self._drop(x, sequences.batch_sizes)
+        finals = [torch.stack(final) for final in zip(*(run.finals for run in runs), strict=True)]
+        if not every:
+            return Run(x, finals, None)
+        return Run(x, finals, [torch.stack(each) for each in zip(*(run.every or () for run in runs), strict=True)])
 
-    def _packed_layer(
-        self, segments: list[tuple[int, int, int]], x: Tensor, states: States, weights: list[Tensor], reverse: bool
-    ) -> tuple[Tensor, States]:
-        """One layer and direction over packed x (total, I): one call per segment, hence no padding.
-
-        Rows are sorted by falling length. Those behind a segment's batch have ended by then or, in reverse, not yet
-        begun; both ways their states wait.
-        """
-        outputs = []
-        for start, seq_len, batch in reversed(segments) if reverse else segments:
-            steps = x[start : start + seq_len * batch].unflatten(0, (seq_len, batch))
-            output, finals = self._layer(steps, [state[:batch] for state in states], weights, reverse)
-            outputs.append(output.flatten(0, 1))
-            # Under autocast only the new rows have its dtype.
-            states = [
-                torch.cat((final, state[batch:].to(final.dtype))) for final, state in zip(finals, states, strict=True)
-            ]
-        return torch.cat(outputs[::-1] if reverse else outputs), states
+    def _drop(self, x: Tensor, batch_sizes: Tensor | None) -> Tensor:
+        """Dropout between layers; locked, with one mask for all steps of a sequence (Gal and Ghahramani 2016)."""
+        if not self.locked_dropout:
+            return dropout(x, self.dropout)
+        batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
+        mask = dropout(x.new_ones(batch, x.shape[-1]), self.dropout)
+        if batch_sizes is not None:
+            mask = torch.cat([mask[:size] for size in batch_sizes.tolist()])
+        return x * mask
 
     def _check_sizes(
         self, input: Tensor, weight_dtype: torch.dtype, batch_sizes: Tensor | None, batch: int, states: States | None
@@ -151,9 +189,18 @@ class Recurrent(TorchTwin, torch.nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels need no flat buffer."""
 
+    def extra_repr(self) -> str:
+        """As of torch.nn, and the options that it does not have."""
+        text = super().extra_repr()
+        if self.weight_dropout:
+            text += f", weight_dropout={self.weight_dropout}"
+        return text + (", locked_dropout=True" if self.locked_dropout else "")
 
-def _segments(batch_sizes: Tensor) -> list[tuple[int, int, int]]:
-    """(first packed row, steps, batch) of every stretch of a packed sequence that has one batch size."""
-    batches, counts = torch.unique_consecutive(batch_sizes, return_counts=True)
-    starts = [0, *accumulate((batches * counts).tolist())]
-    return list(zip(starts, counts.tolist(), batches.tolist(), strict=False))
+    def _check_torch_form(self) -> None:
+        for name in ("weight_dropout", "locked_dropout"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: torch.nn.{self.mode} has no such option; unset it first")
+
+
+def _each(states: States | None, function: Any) -> States | None:
+    return None if states is None else [function(state) for state in states]

@@ -10,6 +10,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 def change_class(module: torch.nn.Module, new_class: type[torch.nn.Module]) -> None:
     """Makes module an instance of its twin class, in place: identity, parameters and hooks stay."""
+    if isinstance(module, TorchTwin):
+        module._check_torch_form()
     module.__class__ = new_class
     if isinstance(module, torch.nn.RNNBase):
         module._init_flat_weights()  # a list kept by torch.nn, computed on reading by fastlm.nn
@@ -27,13 +29,17 @@ class TorchTwin:
 
     torch_class: ClassVar[type[torch.nn.Module]]
 
+    def _check_torch_form(self) -> None:
+        """Raises ValueError where the module has an option that its torch.nn twin lacks."""
+
     def to_torch(self) -> Any:
         """The torch.nn module for this one, e.g. for ONNX, quantisation or TorchScript.
 
         It shares the Parameters, and has the same training flag and hooks.
 
         Raises:
-            ValueError: the module is parametrised; its weights would lose their parametrisation.
+            ValueError: the module is parametrised; its weights would lose their parametrisation. Or it has an option
+                (weight_dropout, locked_dropout) that torch.nn lacks.
         """
         assert isinstance(self, torch.nn.Module)
         if is_parametrized(self):

@@ -7,14 +7,20 @@ from torch import Tensor
 
 from fastlm import ops
 from fastlm.nn._cell import CELL_WEIGHTS, check_cell_sizes
-from fastlm.nn._rnn import Recurrent, States
+from fastlm.nn._rnn import Recurrent, Run, States
 from fastlm.nn._twin import TorchTwin, read_weights
+from fastlm.ops import _common
 
 
 class GRU(Recurrent):
     """Drop-in for torch.nn.GRU (same arguments, parameters, results and errors) on the fused kernels.
 
     Unlike there, results under autocast have the autocast dtype, and h_n never aliases output.
+
+    Beyond torch.nn: `forward` takes lengths, reset_mask and return_all_states, and training can drop recurrent weights
+    (`weight_dropout`, the probability of DropConnect on every weight_hh, one mask a call; Wan et al. 2013, Merity et al.
+    2018) and keep one mask of `dropout` for all steps (`locked_dropout`; Gal and Ghahramani 2016). Both are attributes
+    that may be set at any time, also after `fastlm.replace`.
     """
 
     torch_class = torch.nn.GRU
@@ -32,21 +38,63 @@ class GRU(Recurrent):
         proj_size: None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        weight_dropout: float = 0.0,
+        locked_dropout: bool = False,
     ) -> None:
         if proj_size is not None:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype
         )
+        self._set_options(weight_dropout, locked_dropout)
 
-    def forward(self, input: Any, hx: Tensor | None = None) -> tuple[Any, Tensor]:
-        """Input (T, B, I), (B, T, I) with batch_first, (T, I) or PackedSequence -> output in the same form, h_n."""
-        output, finals = self._run(input, None if hx is None else (hx,))
-        return output, finals[0]
+    def forward(
+        self,
+        input: Any,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | list[int] | None = None,
+        reset_mask: Tensor | None = None,
+        return_all_states: bool = False,
+    ) -> Any:
+        """Runs all layers over whole sequences.
 
-    def _layer(self, x: Tensor, states: States, weights: list[Tensor], reverse: bool) -> tuple[Tensor, States]:
-        output, h_n = ops.gru(x, states[0], *weights, reverse=reverse)
-        return output, (h_n,)
+        Args:
+            input: (T, B, I), (B, T, I) with batch_first, (T, I) unbatched, or a PackedSequence.
+            hx (optional): h0, (L * D, B, H), (L * D, H) unbatched. Default: zeros.
+            lengths (Tensor or list of int, optional): steps of every sequence, (B,), in any order, zero allowed; replaces
+                packing. Output past a length is 0 and final states are those at it. Default: None, all T.
+            reset_mask (Tensor, optional): bool, (T, B), or (B, T) with batch_first, (T,) unbatched. True at t starts a new
+                segment at t: no state crosses to it, in either direction. Not with a PackedSequence. Default: None.
+            return_all_states (bool): also return the states of every layer after every step. Default: False.
+
+        Returns:
+            output in the form of input, h_n (L * D, B, H), and with return_all_states h of every layer: (L * D, T, B, H), time
+            and batch as in input, (L * D, rows, H) for a PackedSequence.
+
+        Raises:
+            RuntimeError, ValueError: as torch.nn.GRU, and for impossible lengths or reset_mask.
+        """
+        run = self._run(input, None if hx is None else (hx,), lengths, reset_mask, return_all_states)
+        if run.every is None:
+            return run.output, run.finals[0]
+        return run.output, run.finals[0], run.every[0]
+
+    def _layer(
+        self,
+        x: Tensor,
+        states: States,
+        weights: list[Tensor],
+        sequences: _common.Sequences,
+        reverse: bool,
+        every: bool,
+    ) -> Run:
+        lengths, batch_sizes, reset_mask = sequences
+        output, h_n = ops.gru(
+            x, states[0], *weights, lengths=lengths, batch_sizes=batch_sizes, reset_mask=reset_mask, reverse=reverse
+        )
+        return Run(output, (h_n,), (output,) if every else None)
 
     def _state_widths(self) -> tuple[int, ...]:
         return (self.hidden_size,)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from fastlm import ops
 from fastlm.nn._cell import CELL_WEIGHTS, check_cell_sizes
-from fastlm.nn._rnn import Recurrent, States
+from fastlm.nn._rnn import Recurrent, Run, States
 from fastlm.nn._twin import TorchTwin, read_weights
+from fastlm.ops import _common
 
 Pair = tuple[Tensor, Tensor]
 
@@ -17,6 +18,11 @@ class LSTM(Recurrent):
     """Drop-in for torch.nn.LSTM (same arguments, parameters, results and errors) on the fused kernels.
 
     With proj_size it runs the plain reference.
+
+    Beyond torch.nn: `forward` takes lengths, reset_mask and return_all_states, and training can drop recurrent weights
+    (`weight_dropout`, the probability of DropConnect on every weight_hh, one mask a call; Wan et al. 2013, Merity et al.
+    2018) and keep one mask of `dropout` for all steps (`locked_dropout`; Gal and Ghahramani 2016). Both are attributes
+    that may be set at any time, also after `fastlm.replace`.
     """
 
     torch_class = torch.nn.LSTM
@@ -39,6 +45,9 @@ class LSTM(Recurrent):
         proj_size: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        weight_dropout: float = 0.0,
+        locked_dropout: bool = False,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -53,17 +62,69 @@ class LSTM(Recurrent):
             device,
             dtype,
         )
+        self._set_options(weight_dropout, locked_dropout)
 
-    def forward(self, input: Any, hx: Pair | None = None) -> tuple[Any, Pair]:
-        """Input (T, B, I), (B, T, I) with batch_first, (T, I) or PackedSequence -> output in that form, (h_n, c_n)."""
-        output, (h_n, c_n) = self._run(input, None if hx is None else (hx[0], hx[1]))
-        return output, (h_n, c_n)
+    def forward(
+        self,
+        input: Any,
+        hx: Pair | None = None,
+        *,
+        lengths: Tensor | list[int] | None = None,
+        reset_mask: Tensor | None = None,
+        return_all_states: bool = False,
+    ) -> Any:
+        """Runs all layers over whole sequences.
 
-    def _layer(self, x: Tensor, states: States, weights: list[Tensor], reverse: bool) -> tuple[Tensor, States]:
+        Args:
+            input: (T, B, I), (B, T, I) with batch_first, (T, I) unbatched, or a PackedSequence.
+            hx (optional): (h0, c0), (L * D, B, H or proj_size) and (L * D, B, H), without B unbatched. Default: zeros.
+            lengths (Tensor or list of int, optional): steps of every sequence, (B,), in any order, zero allowed; replaces
+                packing. Output past a length is 0 and final states are those at it. Default: None, all T.
+            reset_mask (Tensor, optional): bool, (T, B), or (B, T) with batch_first, (T,) unbatched. True at t starts a new
+                segment at t: no state crosses to it, in either direction. Not with a PackedSequence. Default: None.
+            return_all_states (bool): also return the states of every layer after every step. Default: False.
+
+        Returns:
+            output in the form of input, (h_n, c_n) in the form of hx, and with return_all_states (h, c) of every layer: (L * D,
+            T, B, *) each, time and batch as in input, (L * D, rows, *) for a PackedSequence.
+
+        Raises:
+            RuntimeError, ValueError: as torch.nn.LSTM, and for impossible lengths or reset_mask.
+        """
+        states = None if hx is None else (hx[0], hx[1])
+        run = self._run(input, states, lengths, reset_mask, return_all_states)
+        if run.every is None:
+            return run.output, tuple(run.finals)
+        return run.output, tuple(run.finals), tuple(run.every)
+
+    def _layer(
+        self,
+        x: Tensor,
+        states: States,
+        weights: list[Tensor],
+        sequences: _common.Sequences,
+        reverse: bool,
+        every: bool,
+    ) -> Run:
         h0, c0 = states
         b_ih, b_hh = weights[2:4] if self.bias else (None, None)
         w_hr = weights[-1] if self.proj_size else None
-        return ops.lstm(x, (h0, c0), weights[0], weights[1], b_ih, b_hh, w_hr, reverse=reverse)
+        lengths, batch_sizes, reset_mask = sequences
+        output, finals, *cells = ops.lstm(
+            x,
+            (h0, c0),
+            weights[0],
+            weights[1],
+            b_ih,
+            b_hh,
+            w_hr,
+            lengths=lengths,
+            batch_sizes=batch_sizes,
+            reset_mask=reset_mask,
+            reverse=reverse,
+            return_all_states=every,
+        )
+        return Run(output, finals, (output, *cells) if every else None)
 
     def _state_widths(self) -> tuple[int, ...]:
         return (self.proj_size or self.hidden_size, self.hidden_size)

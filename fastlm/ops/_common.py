@@ -43,15 +43,20 @@ def check_same(tensors: dict[str, Tensor | None], optional: tuple[str, ...] = ()
         raise ValueError(f"{first_name}: expected a floating-point dtype, got {first.dtype}")
 
 
-def check_recurrent(gates: int, tensors: dict[str, Any]) -> None:
+def check_recurrent(gates: int, tensors: dict[str, Any], sequences: "Sequences") -> None:
     """Checks the tensors of one layer and direction: x, states (h0, c0) and weights by name, w_hr for a projection."""
     check_same(tensors, optional=("h0", "c0", "b_ih", "b_hh"))
     x, w_hh, w_hr = tensors["x"], tensors["w_hh"], tensors.get("w_hr")
-    if x.dim() != 3:
-        raise ValueError(f"x: expected 3 dimensions (T, B, I), got shape {tuple(x.shape)}")
-    seq_len, batch, input_size = x.shape
-    if seq_len == 0:
-        raise ValueError("x: expected at least one time step (T >= 1), got T = 0")
+    input_size = x.shape[-1]
+    if sequences.batch_sizes is None:
+        if x.dim() != 3:
+            raise ValueError(f"x: expected 3 dimensions (T, B, I), got shape {tuple(x.shape)}")
+        seq_len, batch, _ = x.shape
+        if seq_len == 0:
+            raise ValueError("x: expected at least one time step (T >= 1), got T = 0")
+    else:
+        state = next((tensors[name] for name in ("h0", "c0") if tensors.get(name) is not None), None)
+        batch = "B" if state is None else state.shape[0]
     width_name = "H" if w_hr is None else "P"
     for name, tensor, layout in (("w_hh", w_hh, f"({gates}H, {width_name})"), ("w_hr", w_hr, "(P, H)")):
         if tensor is not None and tensor.dim() != 2:
@@ -71,6 +76,72 @@ def check_recurrent(gates: int, tensors: dict[str, Any]) -> None:
             check_shape(name, tensor, shape, layout)
 
 
+class Sequences(NamedTuple):
+    """Which steps the sequences of a call have, as the ops take it."""
+
+    lengths: Tensor | None
+    batch_sizes: Tensor | None
+    reset_mask: Tensor | None
+
+
+ALL_STEPS = Sequences(None, None, None)
+
+
+def check_sequences(x: Any, lengths: Any, batch_sizes: Any, reset_mask: Any) -> Sequences:
+    """Checks what a caller says about sequences; the values of lengths and batch_sizes are the kernel's to check.
+
+    Raises:
+        TypeError: not a Tensor (or, for lengths and batch_sizes, a list of int).
+        ValueError: wrong shape or dtype, or two that exclude each other.
+    """
+    if lengths is None and batch_sizes is None and reset_mask is None:
+        return ALL_STEPS
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+    if batch_sizes is not None:
+        for name, other in (("lengths", lengths), ("reset_mask", reset_mask)):
+            if other is not None:
+                raise ValueError(f"{name}: expected None together with batch_sizes")
+        if x.dim() != 2:
+            raise ValueError(f"x: expected 2 dimensions (rows, I) with batch_sizes, got shape {tuple(x.shape)}")
+        sizes = _integers("batch_sizes", batch_sizes)
+        check_shape("batch_sizes", sizes, ("T",), "(T,)")
+        if sizes.shape[0] == 0:
+            raise ValueError("batch_sizes: expected at least one time step, got none")
+        return Sequences(None, sizes, None)
+    if x.dim() != 3:
+        raise ValueError(f"x: expected 3 dimensions (T, B, I), got shape {tuple(x.shape)}")
+    if lengths is not None:
+        lengths = _integers("lengths", lengths)
+        check_shape("lengths", lengths, (x.shape[1],), "(B,)")
+    if reset_mask is not None:
+        if not isinstance(reset_mask, Tensor):
+            raise TypeError(f"reset_mask: expected a Tensor, got {type(reset_mask).__name__}")
+        if reset_mask.dtype != torch.bool:
+            raise ValueError(f"reset_mask: expected dtype torch.bool, got {reset_mask.dtype}")
+        check_shape("reset_mask", reset_mask, tuple(x.shape[:2]), "(T, B)")
+        reset_mask = reset_mask.to(x.device)
+    return Sequences(lengths, None, reset_mask)
+
+
+def _integers(name: str, values: Any) -> Tensor:
+    """A tensor or list of whole numbers as int64 on the CPU."""
+    if isinstance(values, list | tuple):
+        if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
+            raise TypeError(f"{name}: expected whole numbers, got {values}")
+        return torch.tensor(values, dtype=torch.int64)
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name}: expected a Tensor or a list of int, got {type(values).__name__}")
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise ValueError(f"{name}: expected an integer dtype, got {values.dtype}")
+    return values.to("cpu", torch.int64)
+
+
+def packed_state(x: Tensor, batch_sizes: Tensor, width: int) -> Tensor:
+    """The zeros that stand for a missing first state of packed rows, whose batch only their sizes tell."""
+    return x.new_zeros(int(batch_sizes[0]), width)
+
+
 def check_step_input(x: Any) -> None:
     """Raises unless x is a Tensor (B, I), the input of one step."""
     if not isinstance(x, Tensor):
@@ -80,7 +151,7 @@ def check_step_input(x: Any) -> None:
 
 
 def is_plain(x: Any, *others: Any) -> bool:
-    """True where nothing but the kernel can be meant: eager, CPU tensors, float32 or float64, nothing forced.
+    """True where nothing but the kernel can be meant: eager, CPU tensors of its dtypes, nothing forced.
 
     The op then checks its arguments itself, so that a call of one step does not spend its time on checks.
     """
@@ -91,7 +162,7 @@ def is_plain(x: Any, *others: Any) -> bool:
             return False
     return (
         type(x) in _PLAIN_TYPES
-        and (x.dtype is torch.float32 or x.dtype is torch.float64)
+        and x.dtype in KERNEL_DTYPES
         and x.is_cpu
         and _backend._forced is None
         and _trace.calls is None
@@ -115,27 +186,21 @@ def composed_path(*tensors: Tensor | None) -> bool:
 
 
 class Plan(NamedTuple):
-    """How one call runs: its inputs after casting, whether a kernel takes them, and the dtype of the results."""
+    """How one call runs: its inputs after casting, and whether a kernel takes them."""
 
     tensors: tuple[Any, ...]
     kernel: bool
-    result_dtype: torch.dtype
 
 
 def plan(what: str, tensors: tuple[Tensor | None, ...]) -> Plan:
-    """Chooses path and dtype of one call by transforms, autocast, what is forced, device and dtype.
-
-    Under autocast to bfloat16, and for bfloat16 inputs, the kernels compute in float32 and round the results.
-    """
+    """Chooses path and dtype of one call by transforms, autocast, what is forced, device and dtype."""
     x = tensors[0]
     assert x is not None
     dtype = _autocast_dtype(x) or x.dtype
     reason = _reason_for_reference(what, tensors, dtype)
     if _trace.calls is not None:
         _trace.record(what, reason)
-    if reason is not None:
-        return Plan(_cast(dtype, tensors), False, dtype)
-    return Plan(_cast(torch.float32 if dtype == torch.bfloat16 else dtype, tensors), True, dtype)
+    return Plan(_cast(dtype, tensors), reason is None)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -213,6 +278,21 @@ def recorded(
 
     Recorded.backward = staticmethod(backward)  # type: ignore[method-assign]
     return Recorded.apply
+
+
+def batch_of(x: Tensor, state: Tensor | None) -> int | torch.SymInt:
+    """B of padded x (T, B, I), or of packed rows by a state that comes with them; for fake functions."""
+    if x.dim() == 3:
+        return x.shape[1]
+    if state is None:
+        return torch.library.get_ctx().new_dynamic_size()
+    return state.shape[0]
+
+
+def new_reserve(x: Tensor, width: int | None) -> Tensor:
+    """What forward keeps for backward, in the type of its arithmetic; empty for None. For fake functions."""
+    dtype = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
+    return x.new_empty((0,)) if width is None else x.new_empty((*x.shape[:-1], width), dtype=dtype)
 
 
 def contiguous_or_none(grad: Tensor | None) -> Tensor | None:

@@ -1,5 +1,6 @@
 """Registration of the ops, and what stands on it: torch.compile, torch.export, fake tensors, functional_call."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -12,6 +13,7 @@ import fastlm
 from tests.numerics import Outputs, Recurrent, check_all, forward_backward, make_recurrent, run_fastlm, run_torch
 
 KINDS = ("gru", "lstm")
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 @pytest.fixture(autouse=True)
@@ -25,12 +27,11 @@ def states_of(case: Recurrent) -> tuple[Tensor | None, ...]:
     return (case.h0,) if case.kind == "gru" else (case.h0, case.c0)
 
 
-def forward_arguments(case: Recurrent, save: bool) -> tuple:
-    return (case.x, *states_of(case), case.w_ih, case.w_hh, case.b_ih, case.b_hh, case.reverse, save)
-
-
 def opcheck_forward(case: Recurrent, save: bool) -> None:
-    torch.library.opcheck(getattr(torch.ops.fastlm, f"{case.kind}_forward").default, forward_arguments(case, save))
+    # With lengths the end of the reserve is not written, so that two runs differ there; test_sequences.py compiles it.
+    checks = [name for name in OPCHECKS if case.lengths is None or name != "test_aot_dispatch_dynamic"]
+    op = getattr(torch.ops.fastlm, f"{case.kind}_forward").default
+    torch.library.opcheck(op, case.op_arguments(save), test_utils=checks)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -47,30 +48,63 @@ def test_opcheck_forward_whose_backward_has_nothing_saved(kind: str) -> None:
     opcheck_forward(make_recurrent(kind, 2, 2, 2, 2, requires_grad=True), save=False)
 
 
+# Sequences of a case with T 3, B 2: what the op's arguments can be.
+SEQUENCES = {
+    "whole": {},
+    "lengths": {"lengths": torch.tensor([1, 3]), "reset_mask": torch.tensor([[False, True]] * 3)},
+    "packed": {"batch_sizes": torch.tensor([2, 2, 1])},
+}
+sequences = pytest.mark.parametrize("sequences", SEQUENCES.values(), ids=SEQUENCES)
+
+
+def with_sequences(case: Recurrent, sequences: dict[str, Tensor]) -> Recurrent:
+    case = replace(case, **sequences)
+    return replace(case, x=case.x.flatten(0, 1)[:5]) if case.batch_sizes is not None else case
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("arriving", ["all", "output", "states"])
-def test_opcheck_backward(kind: str, arriving: str) -> None:
-    case = make_recurrent(kind, 3, 2, 4, 5)
-    *outputs, reserve = getattr(torch.ops.fastlm, f"{kind}_forward")(*forward_arguments(case, True))
-    grads = [torch.randn_like(out) for out in outputs]
+@sequences
+def test_opcheck_sequences(kind: str, sequences: dict[str, Tensor]) -> None:
+    case = with_sequences(make_recurrent(kind, 3, 2, 4, 5), replace_all_states(kind, sequences))
+    opcheck_forward(case.map(lambda _, tensor: tensor.detach().requires_grad_()), True)
+
+
+def replace_all_states(kind: str, sequences: dict[str, Tensor]) -> dict:
+    return {**sequences, "all_states": kind == "lstm"}
+
+
+def backward_arguments(case: Recurrent, needs: tuple[bool, ...], arriving: str = "all") -> tuple:
+    """Arguments of the registered backward op; needs: x, states, weights, biases."""
+    *outputs, reserve = getattr(torch.ops.fastlm, f"{case.kind}_forward")(*case.op_arguments(True))
+    torch.manual_seed(0)
+    grads = [torch.randn_like(out) if out.numel() else None for out in outputs]
     grads[0] = None if arriving == "states" else grads[0]
     grads[1:] = [None] * len(grads[1:]) if arriving == "output" else grads[1:]
+    need_x, need_states, *need_weights = needs
+    state = case.h0 if need_states else None
+    weights = (case.w_ih, case.w_hh)
+    return (*grads, case.x, state, *weights, *case.sequences().values(), reserve, case.reverse, need_x, *need_weights)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arriving", ["all", "output", "states"])
+@sequences
+def test_opcheck_backward(kind: str, arriving: str, sequences: dict[str, Tensor]) -> None:
+    case = with_sequences(make_recurrent(kind, 3, 2, 4, 5), sequences)
     op = getattr(torch.ops.fastlm, f"{kind}_backward").default
     for needs in ((True, True, True, True), (False, True, False, True), (True, False, True, False)):
-        torch.library.opcheck(op, (*grads, case.x, case.w_ih, case.w_hh, reserve, case.reverse, *needs))
+        torch.library.opcheck(op, backward_arguments(case, needs, arriving))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_backward_computes_what_is_asked_for(isa: str, kind: str) -> None:
     case = make_recurrent(kind, 3, 2, 4, 5)
-    *outputs, reserve = getattr(torch.ops.fastlm, f"{kind}_forward")(*forward_arguments(case, True))
-    grads = [torch.randn_like(out) for out in outputs]
     op = getattr(torch.ops.fastlm, f"{kind}_backward")
-    whole = op(*grads, case.x, case.w_ih, case.w_hh, reserve, False, True, True, True, True)
+    whole = op(*backward_arguments(case, (True,) * 4))
     states = len(states_of(case))
     for needs in product((False, True), repeat=4):
         need_x, need_h0, need_weights, need_bias = needs
-        got = op(*grads, case.x, case.w_ih, case.w_hh, reserve, False, *needs)
+        got = op(*backward_arguments(case, needs))
         asked = [need_x, *[need_h0] * states, need_weights, need_weights]
         asked += [need_bias] * (len(got) - len(asked))
         for value, full, need in zip(got, whole, asked, strict=True):

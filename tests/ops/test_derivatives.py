@@ -1,12 +1,14 @@
 """Derivatives of every order and kind, by value."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.functional import hessian, jacobian
 
-from tests.numerics import Recurrent, Runner, check, make_recurrent, run_fastlm, run_torch
+from tests.numerics import Recurrent, Runner, check, make_recurrent, run_fastlm, run_torch, with_sequences
 
 KINDS = ("gru", "lstm")
 
@@ -60,6 +62,19 @@ def test_gradcheck(isa: str, kind: str, optional: bool, reverse: bool) -> None:
     function, tensors = as_function(run_fastlm, case)
     assert torch.autograd.gradcheck(function, tensors)
     assert torch.autograd.gradgradcheck(function, tensors)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reverse", [False, True], ids=("ahead", "reverse"))
+@pytest.mark.parametrize("form", ["lengths", "packed", "resets", "both"])
+def test_gradcheck_of_sequences(isa: str, kind: str, form: str, reverse: bool) -> None:
+    case = with_sequences(make_recurrent(kind, 3, 3, 2, 3, dtype=torch.float64, reverse=reverse), form)
+    case = replace(case, all_states=kind == "lstm").map(lambda _, tensor: tensor.detach().requires_grad_())
+    function, tensors = as_function(run_fastlm, case)
+    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradgradcheck(function, tensors)
+    if form == "both":
+        assert torch.autograd.gradcheck(function, tensors, check_forward_ad=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -186,9 +201,7 @@ def test_gradient_penalty_reaches_weights(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_op_called_without_save_still_differentiates(kind: str) -> None:
     case = make_recurrent(kind, 3, 2, 4, 5, requires_grad=True)
-    states = (case.h0,) if kind == "gru" else (case.h0, case.c0)
-    op = getattr(torch.ops.fastlm, f"{kind}_forward")
-    output, *_, reserve = op(case.x, *states, case.w_ih, case.w_hh, case.b_ih, case.b_hh, False, False)
+    output, *_, reserve = getattr(torch.ops.fastlm, f"{kind}_forward")(*case.op_arguments(False))
     assert reserve.numel() == 0
     got = torch.autograd.grad(output.sum(), case.w_hh)[0]
     same, truth = (

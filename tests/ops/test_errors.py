@@ -1,5 +1,6 @@
 """Bad input is a clear Python error that names the argument, what was expected and what came."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -129,12 +130,9 @@ def test_op_called_directly_with_wrong_tensors(kind: str) -> None:
     """Whoever goes round the public function gets an error too, never a read out of bounds."""
     case = make_recurrent(kind, 4, 3, 5, 6)
     op = getattr(torch.ops.fastlm, f"{kind}_forward")
-    states = ["h0"] if kind == "gru" else ["h0", "c0"]
 
     def direct(**wrong: torch.Tensor) -> Any:
-        given = {**case.tensors(), **wrong}
-        return op(given["x"], *(given[s] for s in states), *(given[w] for w in ("w_ih", "w_hh", "b_ih", "b_hh")),
-                  False, False)  # fmt: skip
+        return op(*replace(case, **wrong).op_arguments(False))
 
     direct()
     for name, tensor in case.tensors().items():

@@ -19,20 +19,20 @@ namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 constexpr int64_t kRowsAhead = 8;
 
 // Panel [depth][kCols] of columns [0, cols) of B as stored (K, N): rows copied, missing columns zero.
-template <class T>
-void pack_rows(const T* b, int64_t stride, int64_t depth, int64_t cols, T* panel) {
+template <class S, class T>
+void pack_rows(const S* b, int64_t stride, int64_t depth, int64_t cols, T* panel) {
   using V = Vec<T>;
   for (int64_t k = 0; k < depth; ++k, b += stride, panel += kCols<T>) {
-    for (int64_t i = 0; i < kCols<T>; i += 64 / sizeof(T)) __builtin_prefetch(b + kRowsAhead * stride + i);
+    for (int64_t i = 0; i < kCols<T>; i += 64 / sizeof(S)) __builtin_prefetch(b + kRowsAhead * stride + i);
     for (int v = 0; v < kTileVecs; ++v)
-      V::load_partial(b + v * V::kLanes, std::clamp<int64_t>(cols - v * V::kLanes, 0, V::kLanes))
+      load_as<V>(b + v * V::kLanes, std::clamp<int64_t>(cols - v * V::kLanes, 0, V::kLanes))
           .store(panel + v * V::kLanes);
   }
 }
 
 // The same panel of B as stored (N, K): transposed.
-template <class T>
-void pack_transposed(const T* b, int64_t stride, int64_t depth, int64_t cols, T* panel) {
+template <class S, class T>
+void pack_transposed(const S* b, int64_t stride, int64_t depth, int64_t cols, T* panel) {
   int64_t n = 0;
 #if FASTLM_FMA_BYTES >= 32
   if constexpr (sizeof(T) == 4)
@@ -40,11 +40,11 @@ void pack_transposed(const T* b, int64_t stride, int64_t depth, int64_t cols, T*
       int64_t k = 0;
       for (; k + 8 <= depth; k += 8) transpose_8x8(b + n * stride + k, stride, panel + k * kCols<T> + n, kCols<T>);
       for (; k < depth; ++k)
-        for (int i = 0; i < 8; ++i) panel[k * kCols<T> + n + i] = b[(n + i) * stride + k];
+        for (int i = 0; i < 8; ++i) panel[k * kCols<T> + n + i] = widen(b[(n + i) * stride + k]);
     }
 #endif
   for (; n < kCols<T>; ++n)
-    for (int64_t k = 0; k < depth; ++k) panel[k * kCols<T> + n] = n < cols ? b[n * stride + k] : T(0);
+    for (int64_t k = 0; k < depth; ++k) panel[k * kCols<T> + n] = n < cols ? widen(b[n * stride + k]) : T(0);
 }
 
 // Rows [begin, end) of A as stored (K, M), packed [tile][depth][kTileRows]. Some tiles at once, since rows of A lie

@@ -25,27 +25,18 @@ struct GruCell {
                                   {kSlotNewState, kNew, 1, false, true}};
 
   // to[u] = what units [unit, unit + n) of a slot start from.
-  template <class T>
-  static void bias(const RecurrentForwardParams<T>& p, int slot, int64_t unit, int64_t n, T* to) {
+  template <class S, class T>
+  static void bias(const RecurrentForwardParams<S>& p, int slot, int64_t unit, int64_t n, T* to) {
     const int gate = slot == kSlotNewState ? static_cast<int>(kNew) : slot;
-    const T* b_ih = p.b_ih && slot != kSlotNewState ? p.b_ih + gate * p.hidden + unit : nullptr;
-    const T* b_hh = p.b_hh && slot != kSlotNewInput ? p.b_hh + gate * p.hidden + unit : nullptr;
-    for (int64_t u = 0; u < n; ++u) to[u] = (b_ih ? b_ih[u] : T(0)) + (b_hh ? b_hh[u] : T(0));
+    const S* b_ih = p.b_ih && slot != kSlotNewState ? p.b_ih + gate * p.hidden + unit : nullptr;
+    const S* b_hh = p.b_hh && slot != kSlotNewInput ? p.b_hh + gate * p.hidden + unit : nullptr;
+    for (int64_t u = 0; u < n; ++u) to[u] = (b_ih ? widen(b_ih[u]) : T(0)) + (b_hh ? widen(b_hh[u]) : T(0));
   }
-
-  template <class T>
-  struct ForwardRow {
-    T* slots;  // [slot][kCols]
-    const T* h;
-    T *h_new, *c, *output;  // c: no use here
-    T* reserve;             // columns at hidden apart, or null
-    int64_t hidden;
-  };
 
   // Units [u, u + n) of one row, n <= kLanes of the vector or pack V. In two passes over all rows, the second from what
   // the first leaves in the slots: the processor cannot look far enough ahead to fill the waits of one long chain.
-  template <class V, class T>
-  static FASTLM_INLINE void forward_gates(const ForwardRow<T>& row, int64_t u, int64_t n) {
+  template <class V, class S, class T = Compute<S>>
+  static FASTLM_INLINE void forward_gates(const ForwardRow<S>& row, int64_t u, int64_t n) {
     for (const int gate : {kReset, kUpdate}) {
       T* slot = row.slots + gate * kCols<T> + u;
       const V value = sigmoid(V::load(slot));
@@ -53,36 +44,28 @@ struct GruCell {
       if (row.reserve) value.store_partial(row.reserve + gate * row.hidden + u, n);
     }
   }
-  template <class V, class T>
-  static FASTLM_INLINE void forward_state(const ForwardRow<T>& row, int64_t u, int64_t n) {
+  template <class V, class S, class T = Compute<S>>
+  static FASTLM_INLINE void forward_state(const ForwardRow<S>& row, int64_t u, int64_t n) {
     const auto slot = [&](int i) FASTLM_LAMBDA_INLINE { return V::load(row.slots + i * kCols<T> + u); };
     const V state = slot(kSlotNewState), z = slot(kSlotUpdate), h = V::load(row.h + u);
     const V candidate = tanh(fma(slot(kSlotReset), state, slot(kSlotNewInput)));
-    const V h_new = fma(z, h - candidate, candidate);
+    const V h_new = rounded_to<S>(fma(z, h - candidate, candidate));
     h_new.store(row.h_new + u);
-    h_new.store_partial(row.output + u, n);
+    store_as(h_new, row.output + u, n);
     if (!row.reserve) return;
     const auto keep = [&](int column, const V& value)
                           FASTLM_LAMBDA_INLINE { value.store_partial(row.reserve + column * row.hidden + u, n); };
     keep(kKeptNew, candidate), keep(kKeptNewState, state), keep(kKeptGruHidden, h);
   }
 
-  template <class T>
-  struct BackwardRow {
-    const T* grad_output;  // or null
-    const T* reserve;
-    T *dh, *dc;  // in: gradient of the state after the step; out: its part that bypasses the product
-    T* d_gates;  // [slot][H]
-    int64_t hidden;
-  };
-
-  template <class V, class T>
-  static FASTLM_INLINE void backward(const BackwardRow<T>& row, int64_t u, int64_t n) {
+  // row.dh, in: gradient of the state after the step; out: its part that bypasses the product.
+  template <class V, class S>
+  static FASTLM_INLINE void backward(const BackwardRow<S>& row, int64_t u, int64_t n) {
     const auto kept = [&](int column)
                           FASTLM_LAMBDA_INLINE { return V::load_partial(row.reserve + column * row.hidden + u, n); };
     const V r = kept(kKeptReset), z = kept(kKeptUpdate), candidate = kept(kKeptNew), one = V::broadcast(1);
     V grad = V::load(row.dh + u);
-    if (row.grad_output) grad = grad + V::load_partial(row.grad_output + u, n);
+    if (row.grad_output) grad = grad + load_as<V>(row.grad_output + u, n);
     const V keep = one - z;
     const V d_new = grad * keep * fnma(candidate, candidate, one);
     const V d_update = grad * (kept(kKeptGruHidden) - candidate) * (z * keep);
@@ -94,8 +77,6 @@ struct GruCell {
   }
 };
 
-extern const RecurrentKernels<float> kGruFloat{recurrent_forward<float, GruCell>, recurrent_backward<float, GruCell>};
-extern const RecurrentKernels<double> kGruDouble{recurrent_forward<double, GruCell>,
-                                                 recurrent_backward<double, GruCell>};
+FASTLM_RECURRENT_KERNELS(kGru, GruCell);
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

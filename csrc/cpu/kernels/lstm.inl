@@ -22,25 +22,17 @@ struct LstmCell {
   static constexpr Run kRuns[] = {{0, 0, kGates, true, true}};
 
   // to[u] = what units [unit, unit + n) of a slot start from.
-  template <class T>
-  static void bias(const RecurrentForwardParams<T>& p, int slot, int64_t unit, int64_t n, T* to) {
+  template <class S, class T>
+  static void bias(const RecurrentForwardParams<S>& p, int slot, int64_t unit, int64_t n, T* to) {
     const int64_t first = slot * p.hidden + unit;
-    for (int64_t u = 0; u < n; ++u) to[u] = (p.b_ih ? p.b_ih[first + u] : T(0)) + (p.b_hh ? p.b_hh[first + u] : T(0));
+    for (int64_t u = 0; u < n; ++u)
+      to[u] = (p.b_ih ? widen(p.b_ih[first + u]) : T(0)) + (p.b_hh ? widen(p.b_hh[first + u]) : T(0));
   }
-
-  template <class T>
-  struct ForwardRow {
-    T* slots;  // [slot][kCols]
-    const T* h;
-    T *h_new, *c, *output;  // c: in and out
-    T* reserve;             // columns at hidden apart, or null
-    int64_t hidden;
-  };
 
   // Units [u, u + n) of one row, n <= kLanes of the vector or pack V. In two passes over all rows, the second from what
   // the first leaves in the slots: the processor cannot look far enough ahead to fill the waits of one long chain.
-  template <class V, class T>
-  static FASTLM_INLINE void forward_gates(const ForwardRow<T>& row, int64_t u, int64_t n) {
+  template <class V, class S, class T = Compute<S>>
+  static FASTLM_INLINE void forward_gates(const ForwardRow<S>& row, int64_t u, int64_t n) {
     const auto slot = [&](int gate) FASTLM_LAMBDA_INLINE { return V::load(row.slots + gate * kCols<T> + u); };
     const V i = sigmoid(slot(kInput)), f = sigmoid(slot(kForget)), g = tanh(slot(kCell)), o = sigmoid(slot(kOutput));
     const auto put = [&](int gate, const V& value) FASTLM_LAMBDA_INLINE {
@@ -49,37 +41,31 @@ struct LstmCell {
     };
     put(kInput, i), put(kForget, f), put(kCell, g), put(kOutput, o);
   }
-  template <class V, class T>
-  static FASTLM_INLINE void forward_state(const ForwardRow<T>& row, int64_t u, int64_t n) {
+  template <class V, class S, class T = Compute<S>>
+  static FASTLM_INLINE void forward_state(const ForwardRow<S>& row, int64_t u, int64_t n) {
     const auto slot = [&](int i) FASTLM_LAMBDA_INLINE { return V::load(row.slots + i * kCols<T> + u); };
     const V c = V::load(row.c + u), c_new = fma(slot(kForget), c, slot(kInput) * slot(kCell));
-    const V h_new = slot(kOutput) * tanh(c_new);
+    const V h_new = rounded_to<S>(slot(kOutput) * tanh(c_new));
     c_new.store(row.c + u);
     h_new.store(row.h_new + u);
-    h_new.store_partial(row.output + u, n);
+    store_as(h_new, row.output + u, n);
+    if (row.cells) store_as(c_new, row.cells + u, n);
     if (!row.reserve) return;
     c.store_partial(row.reserve + kKeptCell * row.hidden + u, n);
     V::load(row.h + u).store_partial(row.reserve + kKeptLstmHidden * row.hidden + u, n);
   }
 
-  template <class T>
-  struct BackwardRow {
-    const T* grad_output;  // or null
-    const T* reserve;
-    T *dh, *dc;  // in: gradients of the states after the step; out: dc of the state before
-    T* d_gates;  // [slot][H]
-    int64_t hidden;
-  };
-
-  template <class V, class T>
-  static FASTLM_INLINE void backward(const BackwardRow<T>& row, int64_t u, int64_t n) {
+  // row.dh, row.dc, in: gradients of the states after the step; out: dc of the state before.
+  template <class V, class S>
+  static FASTLM_INLINE void backward(const BackwardRow<S>& row, int64_t u, int64_t n) {
     const auto kept = [&](int column)
                           FASTLM_LAMBDA_INLINE { return V::load_partial(row.reserve + column * row.hidden + u, n); };
     const V i = kept(kInput), f = kept(kForget), g = kept(kCell), o = kept(kOutput), c = kept(kKeptCell);
     const V one = V::broadcast(1), tanh_c = tanh(fma(f, c, i * g));
     V grad = V::load(row.dh + u);
-    if (row.grad_output) grad = grad + V::load_partial(row.grad_output + u, n);
-    const V d_c = fma(grad * o, fnma(tanh_c, tanh_c, one), V::load(row.dc + u));
+    if (row.grad_output) grad = grad + load_as<V>(row.grad_output + u, n);
+    V d_c = fma(grad * o, fnma(tanh_c, tanh_c, one), V::load(row.dc + u));
+    if (row.grad_cells) d_c = d_c + load_as<V>(row.grad_cells + u, n);
     const auto put = [&](int slot, const V& value)
                          FASTLM_LAMBDA_INLINE { value.store_partial(row.d_gates + slot * row.hidden + u, n); };
     put(kInput, d_c * g * (i * (one - i)));
@@ -90,9 +76,6 @@ struct LstmCell {
   }
 };
 
-extern const RecurrentKernels<float> kLstmFloat{recurrent_forward<float, LstmCell>,
-                                                recurrent_backward<float, LstmCell>};
-extern const RecurrentKernels<double> kLstmDouble{recurrent_forward<double, LstmCell>,
-                                                  recurrent_backward<double, LstmCell>};
+FASTLM_RECURRENT_KERNELS(kLstm, LstmCell);
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

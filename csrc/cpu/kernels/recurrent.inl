@@ -13,24 +13,32 @@
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
-template <class T, class Cell>
-void recurrent_forward(const RecurrentForwardParams<T>& p, const RecurrentPlan& plan, ParallelFor parallel_for) {
+template <class S, class Cell>
+void recurrent_forward(const RecurrentForwardParams<S>& p, const RecurrentPlan& plan, ParallelFor parallel_for) {
   Workspace workspace;
-  ForwardBuffers<T>::template take<Cell>(workspace, p, plan);
+  ForwardBuffers<S>::template take<Cell>(workspace, p, plan);
   workspace.allocate();
-  const auto buffers = ForwardBuffers<T>::template take<Cell>(workspace, p, plan);
+  const auto buffers = ForwardBuffers<S>::template take<Cell>(workspace, p, plan);
   run_team(parallel_for, plan.threads, plan.work_ns,
-           [&](const Team& team) { ForwardPass<T, Cell>(p, plan, buffers, team).run(); });
+           [&](const Team& team) { ForwardPass<S, Cell>(p, plan, buffers, team).run(); });
 }
 
-template <class T, class Cell>
-void recurrent_backward(const RecurrentBackwardParams<T>& p, const RecurrentPlan& plan, ParallelFor parallel_for) {
+template <class S, class Cell>
+void recurrent_backward(const RecurrentBackwardParams<S>& p, const RecurrentPlan& plan, ParallelFor parallel_for) {
   Workspace workspace;
-  BackwardBuffers<T>::template take<Cell>(workspace, p, plan);
+  BackwardBuffers<S>::template take<Cell>(workspace, p, plan);
   workspace.allocate();
-  const auto buffers = BackwardBuffers<T>::template take<Cell>(workspace, p, plan);
+  const auto buffers = BackwardBuffers<S>::template take<Cell>(workspace, p, plan);
   run_team(parallel_for, plan.threads, plan.work_ns,
-           [&](const Team& team) { BackwardPass<T, Cell>(p, plan, buffers, team).run(); });
+           [&](const Team& team) { BackwardPass<S, Cell>(p, plan, buffers, team).run(); });
 }
+
+// A cell's entries in the table, for every element type.
+#define FASTLM_RECURRENT_KERNELS(name, Cell)                                                                          \
+  extern const RecurrentKernels<float> name##Float{recurrent_forward<float, Cell>, recurrent_backward<float, Cell>};  \
+  extern const RecurrentKernels<double> name##Double{recurrent_forward<double, Cell>,                                 \
+                                                     recurrent_backward<double, Cell>};                               \
+  extern const RecurrentKernels<BFloat16> name##BFloat16{recurrent_forward<BFloat16, Cell>,                           \
+                                                         recurrent_backward<BFloat16, Cell>}
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

@@ -18,21 +18,26 @@ int64_t d_gates_stride(int64_t hidden) {
   return padded<T>(kSlots * hidden + kSumVecs * Vec<T>::kLanes);
 }
 
-template <class T>
+template <class S>
 struct BackwardBuffers {
+  using T = Compute<S>;
   T* panels_hh;  // [block][G*H][kCols]
   T* panels_ih;  // [panel of I][G*H][kCols]
-  T* d_gates;    // [step of the chunk][B](4H, padded)
+  T* d_gates;    // [row of the chunk](4H, padded)
   T* dh;         // (B, padded H): gradient carried to the step before
   T* dc;         // (B, padded H)
-  T* edge;       // per member: kBlockRows x kCols
+  T* x;          // [row of the chunk][I], where rows of the input are copied
+  T* edges;      // per member: kBlockRows x kCols for every panel of grad_x that is no place to sum in
   T* late;       // per member: kDepthInCache x kCols, a panel packed when it is wanted
+  // Where the weight gradients are summed: the results themselves, or a wider form of them.
+  T *grad_w_ih, *grad_w_hh, *grad_b_ih, *grad_b_hh;
   GemmBuffers<T> gemm;
 
   template <class Cell>
-  static BackwardBuffers take(Workspace& workspace, const RecurrentBackwardParams<T>& p, const RecurrentPlan& plan) {
+  static BackwardBuffers take(Workspace& workspace, const RecurrentBackwardParams<S>& p, const RecurrentPlan& plan) {
     const int64_t gates = Cell::kGates * p.hidden, state = p.batch * padded<T>(p.hidden);
-    const int64_t rows = plan.backward_chunk * p.batch;
+    const int64_t rows = plan.backward_rows;
+    const bool weights = p.grad_w_ih || p.grad_w_hh;
     const int64_t panels_h = panels_for<T>(p.hidden), panels_i = panels_for<T>(p.input_size);
     BackwardBuffers buffers{};
     if (!plan.direct) {
@@ -42,69 +47,95 @@ struct BackwardBuffers {
     buffers.d_gates = workspace.take<T>(rows * d_gates_stride<T>(p.hidden));
     buffers.dh = workspace.take<T>(state);
     buffers.dc = workspace.take<T>(state);
-    buffers.edge = workspace.take<T>(plan.threads * kBlockRows * kCols<T>);
+    if (copies_input(p) && weights) buffers.x = workspace.take<T>(rows * p.input_size);
+    buffers.edges = workspace.take<T>(plan.threads * edges_size(p));
     buffers.late = workspace.take<T>(plan.threads * kDepthInCache<T> * kCols<T>);
-    if (p.grad_w_ih || p.grad_w_hh)
-      buffers.gemm = GemmBuffers<T>::take(workspace, panels_h + panels_i, rows, plan.threads);
+    if (weights) buffers.gemm = GemmBuffers<T>::take(workspace, panels_h + panels_i, rows, plan.threads);
+    const auto sums = [&](S* grad, int64_t n) -> T* {
+      if constexpr (kWidens<S>)
+        return grad ? workspace.take<T>(n) : nullptr;
+      else
+        return grad;
+    };
+    buffers.grad_w_ih = sums(p.grad_w_ih, gates * p.input_size);
+    buffers.grad_w_hh = sums(p.grad_w_hh, gates * p.hidden);
+    buffers.grad_b_ih = sums(p.grad_b_ih, gates);
+    buffers.grad_b_hh = sums(p.grad_b_hh, gates);
     return buffers;
+  }
+  static bool copies_input(const RecurrentBackwardParams<S>& p) { return kWidens<S> || !StepRows(p).in_place(); }
+  static int64_t edges_size(const RecurrentBackwardParams<S>& p) {
+    return (copies_input(p) ? panels_for<T>(p.input_size) : 1) * kBlockRows * kCols<T>;
   }
 };
 
-template <class T, class Cell>
+template <class S, class Cell>
 class BackwardPass {
  public:
-  BackwardPass(const RecurrentBackwardParams<T>& p, const RecurrentPlan& plan, const BackwardBuffers<T>& buffers,
+  using T = Compute<S>;
+  BackwardPass(const RecurrentBackwardParams<S>& p, const RecurrentPlan& plan, const BackwardBuffers<S>& buffers,
                const Team& team)
       : p_(p),
         plan_(plan),
         buffers_(buffers),
         team_(team),
         sizes_(p.hidden),
-        rows_(plan.split_batch ? team.split(p.batch) : Team::Range{0, p.batch}),
+        rows_(p),
+        own_(plan.split_batch ? rows_.split(team) : Team::Range{0, p.batch}),
         stride_(padded<T>(p.hidden)),
         gates_stride_(d_gates_stride<T>(p.hidden)) {}
 
   void run() {
     if (!plan_.direct) pack_weights();
     start_state();
+    rows_.clear_padding(p_.grad_x, p_.input_size, team_);
+    if (rows_.all() == 0) clear_weight_gradients();
     team_.barrier();
     // Steps in the order of forward are 0 .. T-1; backward takes chunks and steps from the last to the first.
-    for (int64_t last = p_.seq_len; last > 0;) {
-      const int64_t first = std::max<int64_t>(0, last - plan_.backward_chunk);
-      const int64_t t0 = p_.reverse ? p_.seq_len - last : first;  // the chunk's rows lie in order of time
-      for_groups(false, [&](Blocks blocks) { differentiate(last - 1, t0, blocks); });
+    for (int64_t last = rows_.steps(); last > 0;) {
+      const int64_t first = rows_.chunk_begin(last, plan_.backward_rows);
+      const auto rows = rows_.rows(first, last);  // they lie in order of time
+      if (buffers_.x) copy_input(rows);
+      for_groups(false, [&](Blocks blocks) { differentiate(last - 1, rows.begin, blocks); });
       for (int64_t step = last - 1; step >= first; --step) {
         if (!plan_.split_batch) team_.barrier();
-        for_groups(step % 2, [&](Blocks blocks) { carry_and_differentiate(step, first, t0, blocks); });
+        for_groups(step % 2, [&](Blocks blocks) { carry_and_differentiate(step, first, rows.begin, blocks); });
       }
       team_.barrier();
-      const bool accumulate = last < p_.seq_len;
-      input_gradient(t0, last - first);
-      weight_gradients(t0, last - first, accumulate);
-      bias_gradients(last - first, accumulate);
+      const bool accumulate = last < rows_.steps();
+      input_gradient(rows);
+      weight_gradients(rows, accumulate);
+      bias_gradients(rows, accumulate);
       team_.barrier();
       last = first;
     }
     finish_state();
+    if (kWidens<S>) finish_weight_gradients();
   }
 
  private:
   using Blocks = Team::Range;  // blocks of hidden units
 
-  int64_t time(int64_t step) const { return p_.reverse ? p_.seq_len - 1 - step : step; }
   T* d_gates(int64_t chunk_row) const { return buffers_.d_gates + chunk_row * gates_stride_; }
+  // A step's first row, counted over all, and which of this member's sequences it works on.
+  int64_t row_of(int64_t step) const { return rows_.first(rows_.time(step)); }
+  Team::Range active(int64_t step) const {
+    const int64_t count = rows_.at(rows_.time(step));
+    return {std::min(own_.begin, count), std::min(own_.end, count)};
+  }
 
   // A piece of weights (G*H, width): rows from k on, columns of one panel.
   struct Piece {
     const T* data;
     int64_t stride;
   };
-  Piece piece(const T* packed, const T* weights, int64_t width, int64_t panel, int64_t k, int64_t depth) const {
+  Piece piece(const T* packed, const S* weights, int64_t width, int64_t panel, int64_t k, int64_t depth) const {
     if (!plan_.direct) return {packed + (panel * Cell::kGates * p_.hidden + k) * kCols<T>, kCols<T>};
     const int64_t cols = std::min(kCols<T>, width - panel * kCols<T>);
-    const T* data = weights + k * width + panel * kCols<T>;
+    const S* data = weights + k * width + panel * kCols<T>;
     // In place where one tile reads it, and no other comes.
-    if (cols == kCols<T> && p_.seq_len * p_.batch <= kTileRows) return {data, width};
+    if constexpr (!kWidens<S>)
+      if (cols == kCols<T> && rows_.all() <= kTileRows) return {data, width};
     T* late = buffers_.late + team_.rank * kDepthInCache<T> * kCols<T>;
     pack_rows(data, width, depth, cols, late);
     return {late, kCols<T>};
@@ -112,7 +143,7 @@ class BackwardPass {
 
   void pack_weights() {
     const int64_t gates = Cell::kGates * p_.hidden;
-    const auto pack = [&](const T* weights, int64_t width, T* panels) {
+    const auto pack = [&](const S* weights, int64_t width, T* panels) {
       const auto range = team_.split(panels_for<T>(width));
       for (int64_t i = range.begin; i < range.end; ++i)
         pack_rows(weights + i * kCols<T>, width, gates, std::min(kCols<T>, width - i * kCols<T>),
@@ -124,8 +155,20 @@ class BackwardPass {
 
   void start_state() {
     const auto own = team_.split(p_.batch);
-    copy_rows(p_.grad_h_n, p_.hidden, buffers_.dh, stride_, own, p_.hidden);
-    if (Cell::kHasCellState) copy_rows(p_.grad_c_n, p_.hidden, buffers_.dc, stride_, own, p_.hidden);
+    for (int64_t i = own.begin; i < own.end; ++i) {
+      const auto arriving = [&](const S* grad) {
+        return grad && !rows_.reset(rows_.steps(), i) ? grad + rows_.sequence(i) * p_.hidden : nullptr;
+      };
+      copy_values(arriving(p_.grad_h_n), buffers_.dh + i * stride_, p_.hidden);
+      if (Cell::kHasCellState) copy_values(arriving(p_.grad_c_n), buffers_.dc + i * stride_, p_.hidden);
+    }
+  }
+
+  void copy_input(Team::Range rows) {
+    const auto own = team_.split(rows.end - rows.begin);
+    for (int64_t row = own.begin; row < own.end; ++row)
+      copy_values(p_.x + rows_.place(rows.begin + row) * p_.input_size, buffers_.x + row * p_.input_size,
+                  p_.input_size);
   }
 
   // Blocks that one member works on at a time: few, so that none waits long for another, but enough that the
@@ -139,18 +182,21 @@ class BackwardPass {
                 [&](int64_t i) { body(Blocks{i * group, std::min(sizes_.blocks, (i + 1) * group)}); });
   }
 
-  void differentiate(int64_t step, int64_t t0, Blocks blocks) {
+  // The gradients of a step's slots; `base`: the chunk's first row.
+  void differentiate(int64_t step, int64_t base, Blocks blocks) {
     const int64_t begin = blocks.begin * kCols<T>, end = std::min(p_.hidden, blocks.end * kCols<T>);
-    for (int64_t b = rows_.begin; b < rows_.end; ++b) {
-      const int64_t row = time(step) * p_.batch + b;
-      differentiate_row(
-          {p_.grad_output ? p_.grad_output + row * p_.hidden : nullptr, p_.reserve + row * Cell::kReserve * p_.hidden,
-           buffers_.dh + b * stride_, buffers_.dc + b * stride_, d_gates((time(step) - t0) * p_.batch + b), p_.hidden},
-          begin, end);
+    const auto range = active(step);
+    for (int64_t b = range.begin; b < range.end; ++b) {
+      const int64_t row = row_of(step) + b, place = rows_.place(row);
+      differentiate_row({p_.grad_output ? p_.grad_output + place * p_.hidden : nullptr,
+                         p_.grad_cells ? p_.grad_cells + place * p_.hidden : nullptr,
+                         p_.reserve + row * Cell::kReserve * p_.hidden, buffers_.dh + b * stride_,
+                         buffers_.dc + b * stride_, d_gates(row - base), p_.hidden},
+                        begin, end);
     }
   }
 
-  static void differentiate_row(const typename Cell::template BackwardRow<T>& row, int64_t begin, int64_t end) {
+  static void differentiate_row(const BackwardRow<S>& row, int64_t begin, int64_t end) {
     int64_t u = begin;
     for (; u + kCols<T> <= end; u += kCols<T>) Cell::template backward<Pack<T, kTileVecs>>(row, u, kCols<T>);
     for (; u < end; u += Vec<T>::kLanes)
@@ -158,99 +204,117 @@ class BackwardPass {
   }
 
   // Carries the gradient over a step, and differentiates the step before it unless that is in the next chunk.
-  void carry_and_differentiate(int64_t step, int64_t first, int64_t t0, Blocks blocks) {
+  void carry_and_differentiate(int64_t step, int64_t first, int64_t base, Blocks blocks) {
     if (step > first) fetch_kept(step - 1, blocks);
-    if (step > 0 || p_.grad_h0) carry_back(d_gates((time(step) - t0) * p_.batch + rows_.begin), blocks);
-    if (step > first) differentiate(step - 1, t0, blocks);
+    if (step > 0 || p_.grad_h0) carry_back(active(step), d_gates(row_of(step) - base), blocks);
+    if (rows_.any_resets()) reset_gradients(step, blocks);
+    if (step > first) differentiate(step - 1, base, blocks);
+  }
+
+  // Where a sequence starts anew, nothing is carried to what was before.
+  void reset_gradients(int64_t step, Blocks blocks) const {
+    const int64_t begin = blocks.begin * kCols<T>, end = blocks.end * kCols<T>;
+    const auto range = active(step);
+    for (int64_t b = range.begin; b < range.end; ++b)
+      if (rows_.reset(step, b))
+        for (T* grad : {buffers_.dh, buffers_.dc}) std::fill(grad + b * stride_ + begin, grad + b * stride_ + end, T(0));
   }
 
   // Calls for what `differentiate` will read, which lies in memory since forward.
   void fetch_kept(int64_t step, Blocks blocks) const {
     const int64_t begin = blocks.begin * kCols<T>, end = std::min(p_.hidden, blocks.end * kCols<T>);
-    for (int64_t b = rows_.begin; b < rows_.end; ++b) {
-      const int64_t row = time(step) * p_.batch + b;
+    const auto range = active(step);
+    for (int64_t b = range.begin; b < range.end; ++b) {
+      const int64_t row = row_of(step) + b, place = rows_.place(row);
       for (int64_t u = begin; u < end; u += 64 / sizeof(T)) {
         for (int column = 0; column < Cell::kReserve; ++column)
           if (column != Cell::kHiddenKept || Cell::kCarriesHidden)
             __builtin_prefetch(p_.reserve + (row * Cell::kReserve + column) * p_.hidden + u);
-        if (p_.grad_output) __builtin_prefetch(p_.grad_output + row * p_.hidden + u);
+        if (p_.grad_output) __builtin_prefetch(p_.grad_output + place * p_.hidden + u);
       }
     }
   }
 
-  // dh (own rows, these blocks) = [what bypasses the product +] d_gates times the recurrent weights.
-  void carry_back(const T* d_gates, Blocks blocks) {
+  // dh (these sequences and blocks) = [what bypasses the product +] d_gates times the recurrent weights.
+  void carry_back(Team::Range range, const T* d_gates, Blocks blocks) {
     bool first = !Cell::kCarriesHidden;
     for (const auto& run : Cell::kRuns) {
       if (!run.state) continue;
       for (int64_t k = 0; k < run.count * p_.hidden; k += kDepthInCache<T>, first = false)
-        carry_back_piece(d_gates + run.slot * p_.hidden + k, run.gate * p_.hidden + k,
-                         std::min(kDepthInCache<T>, run.count * p_.hidden - k), first ? Init::kZero : Init::kAccumulate,
-                         blocks);
+        carry_back_piece(range, d_gates + range.begin * gates_stride_ + run.slot * p_.hidden + k,
+                         run.gate * p_.hidden + k, std::min(kDepthInCache<T>, run.count * p_.hidden - k),
+                         first ? Init::kZero : Init::kAccumulate, blocks);
     }
   }
 
   // The same for rows [k, k + depth) of the recurrent weights; a: their slots.
-  void carry_back_piece(const T* a, int64_t k, int64_t depth, Init init, Blocks blocks) {
+  void carry_back_piece(Team::Range range, const T* a, int64_t k, int64_t depth, Init init, Blocks blocks) {
     const int deal = accumulators(p_.batch);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const auto weights = piece(buffers_.panels_hh, p_.w_hh, p_.hidden, block, k, depth);
       const bool last = block + 1 == blocks.end;  // then the same block's next rows, or the group's first block, follow
       const int64_t ahead =
           last ? depth - (blocks.end - blocks.begin - 1) * Cell::kGates * p_.hidden : Cell::kGates * p_.hidden;
-      panel_product(a, gates_stride_, rows_.end - rows_.begin, weights.data, weights.stride, depth,
-                    buffers_.dh + rows_.begin * stride_ + block * kCols<T>, stride_, init,
+      panel_product(a, gates_stride_, range.end - range.begin, weights.data, weights.stride, depth,
+                    buffers_.dh + range.begin * stride_ + block * kCols<T>, stride_, init,
                     static_cast<const T*>(nullptr), deal, weights.data + (plan_.direct ? 0 : ahead * kCols<T>));
     }
   }
 
   // Shared by rows, or by columns where rows are few.
-  void input_gradient(int64_t t0, int64_t steps) {
+  void input_gradient(Team::Range chunk) {
     if (!p_.grad_x) return;
-    const int64_t rows = steps * p_.batch, panels = panels_for<T>(p_.input_size);
+    const int64_t rows = chunk.end - chunk.begin, panels = panels_for<T>(p_.input_size);
     if (plan_.direct)
-      return team_.share(panels, false, [&](int64_t i) { input_gradient_block(t0, {0, rows}, {i, i + 1}); });
+      return team_.share(panels, false, [&](int64_t i) { input_gradient_block(chunk.begin, {0, rows}, {i, i + 1}); });
     team_.share((rows + kBlockRows - 1) / kBlockRows, false, [&](int64_t i) {
-      input_gradient_block(t0, {i * kBlockRows, std::min(rows, (i + 1) * kBlockRows)}, {0, panels});
+      input_gradient_block(chunk.begin, {i * kBlockRows, std::min(rows, (i + 1) * kBlockRows)}, {0, panels});
     });
   }
 
-  void input_gradient_block(int64_t t0, Team::Range rows, Team::Range panels) {
+  // Rows are counted within the chunk, whose first is `base`.
+  void input_gradient_block(int64_t base, Team::Range rows, Team::Range panels) {
     const int64_t depth = Cell::kGates * p_.hidden;
     for (int64_t k = 0; k < depth; k += kDepthInCache<T>)
       for (int64_t i = panels.begin; i < panels.end; ++i)
-        input_gradient_piece(t0, rows, i, k, std::min(kDepthInCache<T>, depth - k));
+        input_gradient_piece(base, rows, i, k, std::min(kDepthInCache<T>, depth - k));
   }
 
-  // Adds the part of gate rows [k, k + depth) to one panel of these rows of grad_x, counted within the chunk.
-  void input_gradient_piece(int64_t t0, Team::Range rows, int64_t panel, int64_t k, int64_t depth) {
-    const int deal = accumulators(p_.seq_len * p_.batch);
+  // Adds the part of gate rows [k, k + depth) to one panel of these rows of grad_x.
+  void input_gradient_piece(int64_t base, Team::Range rows, int64_t panel, int64_t k, int64_t depth) {
     const int64_t col = panel * kCols<T>, cols = std::min(kCols<T>, p_.input_size - col);
-    const bool whole = cols == kCols<T>;
-    T* grad_x = p_.grad_x + (t0 * p_.batch + rows.begin) * p_.input_size + col;
-    T* edge = buffers_.edge + team_.rank * kBlockRows * kCols<T>;
     const auto weights = piece(buffers_.panels_ih, p_.w_ih, p_.input_size, panel, k, depth);
-    panel_product(static_cast<const T*>(d_gates(rows.begin) + k), gates_stride_, rows.end - rows.begin, weights.data,
-                  weights.stride, depth, whole ? grad_x : edge, whole ? p_.input_size : kCols<T>,
-                  k == 0 ? Init::kZero : Init::kAccumulate, static_cast<const T*>(nullptr), deal,
-                  weights.data + (plan_.direct ? 0 : Cell::kGates * p_.hidden * kCols<T>));
-    // The last, partial panel is summed up aside, since a tile writes whole vectors.
-    if (!whole && k + depth == Cell::kGates * p_.hidden)
-      for (int64_t r = 0; r < rows.end - rows.begin; ++r)
-        std::copy_n(edge + r * kCols<T>, cols, grad_x + r * p_.input_size);
+    const auto sum_in = [&](T* sums, int64_t stride) {
+      panel_product(static_cast<const T*>(d_gates(rows.begin) + k), gates_stride_, rows.end - rows.begin, weights.data,
+                    weights.stride, depth, sums, stride, k == 0 ? Init::kZero : Init::kAccumulate,
+                    static_cast<const T*>(nullptr), accumulators(rows_.all()),
+                    weights.data + (plan_.direct ? 0 : Cell::kGates * p_.hidden * kCols<T>));
+    };
+    const bool aside = BackwardBuffers<S>::copies_input(p_);
+    if constexpr (!kWidens<S>)
+      if (!aside && cols == kCols<T>)
+        return sum_in(p_.grad_x + (base + rows.begin) * p_.input_size + col, p_.input_size);
+    // Aside where rows lie elsewhere or in another type, and for the last, partial panel: a tile writes whole vectors.
+    T* edge = buffers_.edges + team_.rank * BackwardBuffers<S>::edges_size(p_) + (aside ? panel : 0) * kBlockRows * kCols<T>;
+    sum_in(edge, kCols<T>);
+    if (k + depth < Cell::kGates * p_.hidden) return;
+    for (int64_t row = rows.begin; row < rows.end; ++row, edge += kCols<T>)
+      copy_values(static_cast<const T*>(edge), p_.grad_x + rows_.place(base + row) * p_.input_size + col, cols);
   }
 
   // The slots' gradients meet x and the states before the steps; both products of a run share their packing.
-  void weight_gradients(int64_t t0, int64_t steps, bool accumulate) {
-    const int64_t depth = steps * p_.batch, row = t0 * p_.batch;
-    const T* h = p_.reserve + (row * Cell::kReserve + Cell::kHiddenKept) * p_.hidden;
+  void weight_gradients(Team::Range rows, bool accumulate) {
+    const T* h = p_.reserve + (rows.begin * Cell::kReserve + Cell::kHiddenKept) * p_.hidden;
+    const T* x = buffers_.x;
+    if constexpr (!kWidens<S>)
+      if (!x) x = p_.x + rows.begin * p_.input_size;
     for (const auto& run : Cell::kRuns) {
       GemmParams<T> parts[2];
       int count = 0;
       const auto add = [&](const T* b, int64_t b_stride, int64_t width, T* grad) {
         parts[count++] = {run.count * p_.hidden,
                           width,
-                          depth,
+                          rows.end - rows.begin,
                           d_gates(0) + run.slot * p_.hidden,
                           gates_stride_,
                           true,
@@ -261,32 +325,50 @@ class BackwardPass {
                           width,
                           accumulate};
       };
-      if (run.input && p_.grad_w_ih) add(p_.x + row * p_.input_size, p_.input_size, p_.input_size, p_.grad_w_ih);
-      if (run.state && p_.grad_w_hh) add(h, Cell::kReserve * p_.hidden, p_.hidden, p_.grad_w_hh);
+      if (run.input && buffers_.grad_w_ih) add(x, p_.input_size, p_.input_size, buffers_.grad_w_ih);
+      if (run.state && buffers_.grad_w_hh) add(h, Cell::kReserve * p_.hidden, p_.hidden, buffers_.grad_w_hh);
       if (count == 0) continue;
       gemm(Products<T>{parts, count}, buffers_.gemm, team_);
       team_.barrier();
     }
   }
 
-  void bias_gradients(int64_t steps, bool accumulate) {
+  template <class Body>
+  void for_weight_gradients(const Body& body) {
+    const int64_t gates = Cell::kGates * p_.hidden;
+    const auto each = [&](T* sums, S* grad, int64_t n) {
+      const auto own = team_.split(n, 64);
+      if (grad) body(sums + own.begin, grad + own.begin, own.end - own.begin);
+    };
+    each(buffers_.grad_w_ih, p_.grad_w_ih, gates * p_.input_size);
+    each(buffers_.grad_w_hh, p_.grad_w_hh, gates * p_.hidden);
+    each(buffers_.grad_b_ih, p_.grad_b_ih, gates);
+    each(buffers_.grad_b_hh, p_.grad_b_hh, gates);
+  }
+  void clear_weight_gradients() {
+    for_weight_gradients([](T* sums, S*, int64_t n) { std::fill_n(sums, n, T(0)); });
+  }
+  void finish_weight_gradients() {
+    for_weight_gradients([](const T* sums, S* grad, int64_t n) { copy_values(sums, grad, n); });
+  }
+
+  void bias_gradients(Team::Range rows, bool accumulate) {
     for (int gate = 0; gate < Cell::kGates; ++gate) {
-      T* ih = p_.grad_b_ih ? p_.grad_b_ih + gate * p_.hidden : nullptr;
-      T* hh = p_.grad_b_hh ? p_.grad_b_hh + gate * p_.hidden : nullptr;
+      T* ih = buffers_.grad_b_ih ? buffers_.grad_b_ih + gate * p_.hidden : nullptr;
+      T* hh = buffers_.grad_b_hh ? buffers_.grad_b_hh + gate * p_.hidden : nullptr;
       const auto own = team_.split(p_.hidden, kSumVecs * Vec<T>::kLanes);
-      if (ih) column_sum(steps, Cell::input_slot(gate), own, ih, accumulate);
+      if (ih) column_sum(rows.end - rows.begin, Cell::input_slot(gate), own, ih, accumulate);
       if (hh && ih && Cell::state_slot(gate) == Cell::input_slot(gate))
         std::copy(ih + own.begin, ih + own.end, hh + own.begin);
       else if (hh)
-        column_sum(steps, Cell::state_slot(gate), own, hh, accumulate);
+        column_sum(rows.end - rows.begin, Cell::state_slot(gate), own, hh, accumulate);
     }
   }
 
   // Sum over the chunk's rows of some columns of a slot; in blocks of rows, for accuracy over many of them.
-  void column_sum(int64_t steps, int slot, Team::Range columns, T* sums, bool accumulate) {
+  void column_sum(int64_t rows, int slot, Team::Range columns, T* sums, bool accumulate) {
     using V = Vec<T>;
     constexpr int64_t kBlock = 32;
-    const int64_t rows = steps * p_.batch;
     for (int64_t u = columns.begin; u < columns.end; u += kSumVecs * V::kLanes) {
       V total[kSumVecs];
       for (auto& t : total) t = V::zero();
@@ -308,16 +390,20 @@ class BackwardPass {
 
   void finish_state() {
     const auto own = team_.split(p_.batch);
-    if (p_.grad_h0) copy_rows<T>(buffers_.dh, stride_, p_.grad_h0, p_.hidden, own, p_.hidden);
-    if (p_.grad_c0) copy_rows<T>(buffers_.dc, stride_, p_.grad_c0, p_.hidden, own, p_.hidden);
+    for (int64_t i = own.begin; i < own.end; ++i) {
+      const int64_t to = rows_.sequence(i) * p_.hidden;
+      if (p_.grad_h0) copy_values<T>(buffers_.dh + i * stride_, p_.grad_h0 + to, p_.hidden);
+      if (p_.grad_c0) copy_values<T>(buffers_.dc + i * stride_, p_.grad_c0 + to, p_.hidden);
+    }
   }
 
-  const RecurrentBackwardParams<T>& p_;
+  const RecurrentBackwardParams<S>& p_;
   const RecurrentPlan& plan_;
-  const BackwardBuffers<T>& buffers_;
+  const BackwardBuffers<S>& buffers_;
   const Team& team_;
   const RecurrentSizes<T> sizes_;
-  const Team::Range rows_;
+  const StepRows rows_;
+  const Team::Range own_;
   const int64_t stride_, gates_stride_;
 };
 

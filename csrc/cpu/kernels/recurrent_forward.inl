@@ -12,18 +12,21 @@ int64_t rows_in_cache(int64_t depth) {
   constexpr int64_t kElements = (192 << 10) / sizeof(T);
   return std::max<int64_t>(kElements / std::max<int64_t>(depth, 1) / kTileRows, 4) * kTileRows;
 }
-template <class T>
+
+template <class S>
 struct ForwardBuffers {
+  using T = Compute<S>;
   T* panels_ih;  // [block][gate][I][kCols]
   T* panels_hh;  // [block][gate][H][kCols]
   T* bias;       // [block][slot][kCols]: what a slot starts from
-  T* gates[2];   // [block][time within the chunk][B][slot][kCols]; two, of chunks in turn, where units are shared
+  T* x;          // [row of the chunk][I], where rows of the input are copied
+  T* gates[2];   // [block][row of the chunk][slot][kCols]; two, of chunks in turn, where units are shared
   T* h[2];       // (B, padded H): state before and after a step
   T* c;          // (B, padded H)
   T* late;       // per member: max(I, H) x kCols, a panel packed when it is wanted
 
   template <class Cell>
-  static ForwardBuffers take(Workspace& workspace, const RecurrentForwardParams<T>& p, const RecurrentPlan& plan) {
+  static ForwardBuffers take(Workspace& workspace, const RecurrentForwardParams<S>& p, const RecurrentPlan& plan) {
     const RecurrentSizes<T> sizes(p.hidden);
     const int64_t state = p.batch * padded<T>(p.hidden);
     ForwardBuffers buffers{};
@@ -34,71 +37,96 @@ struct ForwardBuffers {
       buffers.panels_hh = workspace.take<T>(sizes.blocks * Cell::kGates * p.hidden * kCols<T>);
     }
     buffers.bias = workspace.take<T>(sizes.blocks * sizes.slots_width);
-    const int64_t gates = plan.forward_chunk * sizes.blocks * p.batch * sizes.slots_width;
+    if (copies_input(p)) buffers.x = workspace.take<T>(plan.forward_rows * p.input_size);
+    const int64_t gates = sizes.blocks * plan.forward_rows * sizes.slots_width;
     buffers.gates[0] = workspace.take<T>(gates);
     buffers.gates[1] = plan.split_batch ? buffers.gates[0] : workspace.take<T>(gates);
     for (auto& h : buffers.h) h = workspace.take<T>(state);
     buffers.c = workspace.take<T>(state);
     return buffers;
   }
-  static int64_t late_size(const RecurrentForwardParams<T>& p) { return std::max(p.input_size, p.hidden) * kCols<T>; }
+  static int64_t late_size(const RecurrentForwardParams<S>& p) { return std::max(p.input_size, p.hidden) * kCols<T>; }
+  static bool copies_input(const RecurrentForwardParams<S>& p) { return kWidens<S> || !StepRows(p).in_place(); }
 };
 
-template <class T, class Cell>
+template <class S, class Cell>
 class ForwardPass {
  public:
-  ForwardPass(const RecurrentForwardParams<T>& p, const RecurrentPlan& plan, const ForwardBuffers<T>& buffers,
+  using T = Compute<S>;
+  ForwardPass(const RecurrentForwardParams<S>& p, const RecurrentPlan& plan, const ForwardBuffers<S>& buffers,
               const Team& team)
       : p_(p),
         plan_(plan),
         buffers_(buffers),
         team_(team),
         sizes_(p.hidden),
-        rows_(plan.split_batch ? team.split(p.batch) : Team::Range{0, p.batch}),
+        rows_(p),
+        own_(plan.split_batch ? rows_.split(team) : Team::Range{0, p.batch}),
+        spread_(plan.split_batch && team.size > 1),
         stride_(padded<T>(p.hidden)) {}
 
   void run() {
     if (!plan_.direct) pack_weights();
     start_bias();
     start_state();
+    for (S* tensor : {p_.output, p_.cells}) rows_.clear_padding(tensor, p_.hidden, team_);
     team_.barrier();
-    for (int64_t first = 0; first < p_.seq_len; first += plan_.forward_chunk) {
-      const int64_t last = std::min(p_.seq_len, first + plan_.forward_chunk);
-      const Chunk chunk{p_.reverse ? p_.seq_len - last : first, buffers_.gates[first / plan_.forward_chunk % 2]};
-      run_chunk(chunk, first, last);
+    int64_t last, chunks = 0;
+    for (int64_t first = 0; first < rows_.steps(); first = last, ++chunks) {
+      last = spread_ ? std::min(rows_.steps(), first + plan_.forward_rows / p_.batch)
+                     : rows_.chunk_end(first, plan_.forward_rows);
+      run_chunk({first, last, buffers_.gates[chunks % 2]});
     }
     if (!plan_.split_batch) team_.barrier();
     finish_state();
   }
 
  private:
-  using Row = typename Cell::template ForwardRow<T>;
+  using Row = ForwardRow<S>;
   struct Chunk {
-    int64_t t0;  // its first time
+    int64_t first, last;  // steps
     T* gates;
   };
 
-  void run_chunk(const Chunk& chunk, int64_t first, int64_t last) {
-    if (p_.seq_len == 1)
+  void run_chunk(const Chunk& chunk) {
+    if (buffers_.x) copy_input(chunk);
+    if (rows_.steps() == 1)
       return for_blocks(false, [&](int64_t block) {
-        project_block(chunk, rows_.begin, rows_.end - rows_.begin, block);
+        const auto rows = active(0);
+        project_block(chunk, row_of(chunk, 0) + rows.begin, input(chunk, 0, rows.begin), rows.end - rows.begin, block);
         recurrent_block(chunk, 0, block);
       });
-    project_input(chunk, last - first);
-    for (int64_t step = first; step < last; ++step) {
+    project_input(chunk);
+    for (int64_t step = chunk.first; step < chunk.last; ++step) {
       // The last step of a chunk needs none behind it: the next chunk's sums lie elsewhere.
       if (!plan_.split_batch) team_.barrier();
-      recurrent_step(chunk, step);
+      for_blocks(step % 2, [&](int64_t block) { recurrent_block(chunk, step, block); });
     }
   }
 
-  int64_t time(int64_t step) const { return p_.reverse ? p_.seq_len - 1 - step : step; }
-  // The slots of a block at a time within the chunk, from row b of the batch on.
-  T* slots(const Chunk& chunk, int64_t block, int64_t chunk_time, int64_t b) const {
-    return chunk.gates + ((block * plan_.forward_chunk + chunk_time) * p_.batch + b) * sizes_.slots_width;
+  // A step's first row in the chunk's buffers. Packed; or, where members that share the batch work on chunks of their
+  // own accord, a full batch apart, so that a member's rows are no other's in the next chunk.
+  int64_t row_of(const Chunk& chunk, int64_t step) const {
+    const int64_t t = rows_.time(step), t0 = rows_.time(p_.reverse ? chunk.last - 1 : chunk.first);
+    return spread_ ? (t - t0) * p_.batch : rows_.first(t) - rows_.first(t0);
+  }
+  // The input of a step from sequence b on.
+  const T* input(const Chunk& chunk, int64_t step, int64_t b) const {
+    if constexpr (!kWidens<S>)
+      if (!buffers_.x) return p_.x + (rows_.first(rows_.time(step)) + b) * p_.input_size;
+    return buffers_.x + (row_of(chunk, step) + b) * p_.input_size;
+  }
+  // The slots of a block from a row of the chunk on.
+  T* slots(const Chunk& chunk, int64_t block, int64_t row) const {
+    return chunk.gates + (block * plan_.forward_rows + row) * sizes_.slots_width;
   }
   const T* bias(int64_t block, int slot) const { return buffers_.bias + block * sizes_.slots_width + slot * kCols<T>; }
   int64_t units_of(int64_t block) const { return std::min(kCols<T>, p_.hidden - block * kCols<T>); }
+  // Which of this member's sequences a step works on.
+  Team::Range active(int64_t step) const {
+    const int64_t count = rows_.at(rows_.time(step));
+    return {std::min(own_.begin, count), std::min(own_.end, count)};
+  }
 
   template <class Body>
   void for_blocks(bool backwards, const Body& body) {
@@ -130,20 +158,25 @@ class ForwardPass {
 
   void start_state() {
     const auto own = team_.split(p_.batch);
-    copy_rows(p_.h0, p_.hidden, buffers_.h[0], stride_, own, p_.hidden);
-    if (Cell::kHasCellState) copy_rows(p_.c0, p_.hidden, buffers_.c, stride_, own, p_.hidden);
+    for (int64_t i = own.begin; i < own.end; ++i) {
+      const auto given = [&](const S* state) {
+        return state && !rows_.reset(0, i) ? state + rows_.sequence(i) * p_.hidden : nullptr;
+      };
+      copy_values(given(p_.h0), buffers_.h[rows_.initial_half(i)] + i * stride_, p_.hidden);
+      if (Cell::kHasCellState) copy_values(given(p_.c0), buffers_.c + i * stride_, p_.hidden);
+    }
   }
 
   // slots (rows) = init + a (rows, depth) times the weights of one block and gate, packed or in place.
-  void product(const T* a, int64_t a_stride, int64_t rows, const T* panels, const T* weights, int64_t depth,
+  void product(const T* a, int64_t a_stride, int64_t rows, const T* panels, const S* weights, int64_t depth,
                int64_t block, int gate, T* slots, Init init, const T* bias, int deal) {
     const T* panel = panels + (block * Cell::kGates + gate) * depth * kCols<T>;
     if (plan_.direct) {
-      const T* stored = weights + (gate * p_.hidden + block * kCols<T>)*depth;
+      const S* stored = weights + (gate * p_.hidden + block * kCols<T>)*depth;
       if (p_.batch <= kDotRowsAtMost)  // not this member's rows: sums must not depend on how many share them
-        return dot_product<T>(
+        return dot_product<S>(
             {a, a_stride, stored, depth, units_of(block), depth, slots, sizes_.slots_width, init, bias}, rows);
-      T* late = buffers_.late + team_.rank * ForwardBuffers<T>::late_size(p_);
+      T* late = buffers_.late + team_.rank * ForwardBuffers<S>::late_size(p_);
       pack_transposed(stored, depth, depth, units_of(block), late);
       panel = late;
     }
@@ -151,48 +184,60 @@ class ForwardPass {
                   plan_.direct ? panel : panel + depth * kCols<T>);
   }
 
-  // Rows of all steps at once where this member has the whole batch, else step by step.
-  void project_input(const Chunk& chunk, int64_t steps) {
-    if (rows_.end - rows_.begin < p_.batch) {
-      for (int64_t t = 0; t < steps; ++t) project_rows(chunk, t * p_.batch + rows_.begin, rows_.end - rows_.begin);
+  // The chunk's rows of x that this member will read, or its share of them where all read all.
+  void copy_input(const Chunk& chunk) {
+    for (int64_t step = chunk.first; step < chunk.last; ++step) {
+      const auto rows = plan_.split_batch ? active(step) : team_.split(rows_.at(rows_.time(step)));
+      for (int64_t b = rows.begin; b < rows.end; ++b)
+        copy_values(p_.x + rows_.place(rows_.first(rows_.time(step)) + b) * p_.input_size,
+                    buffers_.x + (row_of(chunk, step) + b) * p_.input_size, p_.input_size);
+    }
+    if (!plan_.split_batch) team_.barrier();
+  }
+
+  // Rows of all steps at once where they lie together, else step by step.
+  void project_input(const Chunk& chunk) {
+    if (spread_) {
+      for (int64_t step = chunk.first; step < chunk.last; ++step) {
+        const auto rows = active(step);
+        project_rows(chunk, row_of(chunk, step) + rows.begin, input(chunk, step, rows.begin), rows.end - rows.begin);
+      }
       return;
     }
-    const int64_t rows = steps * p_.batch, together = rows_in_cache<T>(p_.input_size);
-    for (int64_t row = 0; row < rows; row += together) project_rows(chunk, row, std::min(together, rows - row));
+    const auto range = rows_.rows(chunk.first, chunk.last);
+    const int64_t rows = range.end - range.begin, together = rows_in_cache<T>(p_.input_size);
+    const T* x = input(chunk, p_.reverse ? chunk.last - 1 : chunk.first, 0);
+    for (int64_t row = 0; row < rows; row += together)
+      project_rows(chunk, row, x + row * p_.input_size, std::min(together, rows - row));
   }
 
-  // Rows [row, row + count) of the chunk, counted over time and batch.
-  void project_rows(const Chunk& chunk, int64_t row, int64_t count) {
-    for_blocks(false, [&](int64_t block) { project_block(chunk, row, count, block); });
+  // These rows x of the input to the chunk's rows from `row` on.
+  void project_rows(const Chunk& chunk, int64_t row, const T* x, int64_t count) {
+    for_blocks(false, [&](int64_t block) { project_block(chunk, row, x, count, block); });
   }
 
-  void project_block(const Chunk& chunk, int64_t row, int64_t count, int64_t block) {
-    const int deal = accumulators(p_.seq_len * p_.batch);
-    const T* x = p_.x + (chunk.t0 * p_.batch + row) * p_.input_size;
+  void project_block(const Chunk& chunk, int64_t row, const T* x, int64_t count, int64_t block) {
     for (int gate = 0; gate < Cell::kGates; ++gate) {
       const int slot = Cell::input_slot(gate);
       product(x, p_.input_size, count, buffers_.panels_ih, p_.w_ih, p_.input_size, block, gate,
-              slots(chunk, block, 0, row) + slot * kCols<T>, Init::kBias, bias(block, slot), deal);
+              slots(chunk, block, row) + slot * kCols<T>, Init::kBias, bias(block, slot), accumulators(rows_.all()));
     }
   }
 
-  void recurrent_step(const Chunk& chunk, int64_t step) {
-    for_blocks(step % 2, [&](int64_t block) { recurrent_block(chunk, step, block); });
-  }
-
   void recurrent_block(const Chunk& chunk, int64_t step, int64_t block) {
-    const T* h = buffers_.h[step % 2] + rows_.begin * stride_;
-    T* sums = slots(chunk, block, time(step) - chunk.t0, rows_.begin);
-    fetch_results(step, block);
+    const auto range = active(step);
+    const T* h = buffers_.h[step % 2] + range.begin * stride_;
+    T* sums = slots(chunk, block, row_of(chunk, step) + range.begin);
+    fetch_results(step, block, range);
     for (int gate = 0; gate < Cell::kGates; ++gate) {
       const int slot = Cell::state_slot(gate);
-      product(h, stride_, rows_.end - rows_.begin, buffers_.panels_hh, p_.w_hh, p_.hidden, block, gate,
+      product(h, stride_, range.end - range.begin, buffers_.panels_hh, p_.w_hh, p_.hidden, block, gate,
               sums + slot * kCols<T>, slot == Cell::input_slot(gate) ? Init::kAccumulate : Init::kBias,
               bias(block, slot), accumulators(p_.batch));
     }
     const auto for_rows = [&](const auto& activate) {
-      for (int64_t b = rows_.begin; b < rows_.end; ++b)
-        activate(result_row(step, block, b, sums + (b - rows_.begin) * sizes_.slots_width));
+      for (int64_t b = range.begin; b < range.end; ++b)
+        activate(result_row(step, block, b, sums + (b - range.begin) * sizes_.slots_width));
     };
     if (units_of(block) == kCols<T>) {
       using P = Pack<T, kTileVecs>;
@@ -201,6 +246,7 @@ class ForwardPass {
     } else {
       for_rows([&](const Row& row) { activate_partial(row, units_of(block)); });
     }
+    if (rows_.any_resets()) reset_states(step + 1, block, range);
   }
 
   static void activate_partial(const Row& row, int64_t units) {
@@ -211,43 +257,58 @@ class ForwardPass {
     }
   }
 
+  // Where a sequence starts anew, the coming step finds zeros.
+  void reset_states(int64_t step, int64_t block, Team::Range range) const {
+    for (int64_t b = range.begin; b < range.end; ++b) {
+      if (!rows_.reset(step, b)) continue;
+      for (T* state : {buffers_.h[step % 2], buffers_.c})
+        std::fill_n(state + b * stride_ + block * kCols<T>, kCols<T>, T(0));
+    }
+  }
+
   Row result_row(int64_t step, int64_t block, int64_t b, T* sums) const {
-    const int64_t row = time(step) * p_.batch + b, unit = block * kCols<T>;
+    const int64_t row = rows_.first(rows_.time(step)) + b, place = rows_.place(row), unit = block * kCols<T>;
     return {sums,
             buffers_.h[step % 2] + b * stride_ + unit,
             buffers_.h[(step + 1) % 2] + b * stride_ + unit,
             buffers_.c + b * stride_ + unit,
-            p_.output + row * p_.hidden + unit,
+            p_.output + place * p_.hidden + unit,
+            p_.cells ? p_.cells + place * p_.hidden + unit : nullptr,
             p_.reserve ? p_.reserve + row * Cell::kReserve * p_.hidden + unit : nullptr,
             p_.hidden};
   }
 
   // Calls for the lines that the activations write, none of them in any cache yet, while the products run.
-  void fetch_results(int64_t step, int64_t block) const {
-    for (int64_t b = rows_.begin; b < rows_.end; ++b) {
+  void fetch_results(int64_t step, int64_t block, Team::Range range) const {
+    for (int64_t b = range.begin; b < range.end; ++b) {
       const auto row = result_row(step, block, b, nullptr);
       fetch_units(row.output, units_of(block));
       for (int column = 0; row.reserve && column < Cell::kReserve; ++column)
         fetch_units(row.reserve + column * p_.hidden, units_of(block));
     }
   }
-  static void fetch_units(const T* p, int64_t units) {
-    for (int64_t u = 0; u < units; u += 64 / sizeof(T)) __builtin_prefetch(p + u, 1);
+  template <class E>
+  static void fetch_units(const E* p, int64_t units) {
+    for (int64_t u = 0; u < units; u += 64 / sizeof(E)) __builtin_prefetch(p + u, 1);
   }
 
   void finish_state() {
-    const auto own = plan_.split_batch ? rows_ : team_.split(p_.batch);
-    const T* h = buffers_.h[p_.seq_len % 2];
-    copy_rows(h, stride_, p_.h_n, p_.hidden, own, p_.hidden);
-    if (Cell::kHasCellState) copy_rows<T>(buffers_.c, stride_, p_.c_n, p_.hidden, own, p_.hidden);
+    const auto own = plan_.split_batch ? own_ : team_.split(p_.batch);
+    for (int64_t i = own.begin; i < own.end; ++i) {
+      const int64_t to = rows_.sequence(i) * p_.hidden;
+      copy_values<T>(buffers_.h[rows_.final_half(i)] + i * stride_, p_.h_n + to, p_.hidden);
+      if (Cell::kHasCellState) copy_values<T>(buffers_.c + i * stride_, p_.c_n + to, p_.hidden);
+    }
   }
 
-  const RecurrentForwardParams<T>& p_;
+  const RecurrentForwardParams<S>& p_;
   const RecurrentPlan& plan_;
-  const ForwardBuffers<T>& buffers_;
+  const ForwardBuffers<S>& buffers_;
   const Team& team_;
   const RecurrentSizes<T> sizes_;
-  const Team::Range rows_;
+  const StepRows rows_;
+  const Team::Range own_;
+  const bool spread_;
   const int64_t stride_;
 };
 

@@ -1,4 +1,4 @@
-// Buffers of the time loop, forward and backward: strides, blocks of hidden units.
+// Buffers of the time loop, forward and backward: strides, blocks of hidden units, the rows of each step.
 #pragma once
 
 #include "core/gates.h"
@@ -22,14 +22,115 @@ struct RecurrentSizes {
   explicit RecurrentSizes(int64_t hidden) : blocks(panels_for<T>(hidden)), slots_width(kSlots * kCols<T>) {}
 };
 
-// These rows of n values from one stride to another; from null: zeros.
-template <class T>
-void copy_rows(const T* from, int64_t from_stride, T* to, int64_t to_stride, Team::Range rows, int64_t n) {
-  for (int64_t b = rows.begin; b < rows.end; ++b)
-    if (from)
-      std::copy_n(from + b * from_stride, n, to + b * to_stride);
-    else
-      std::fill_n(to + b * to_stride, n, T(0));
+// n values from one place to another, of S or its Compute<S> each; from null: zeros.
+template <class From, class To>
+void copy_values(const From* from, To* to, int64_t n) {
+  using V = Vec<Compute<To>>;
+  for (int64_t i = 0; i < n; i += V::kLanes) store_as(from ? load_as<V>(from + i, n - i) : V::zero(), to + i, n - i);
 }
+
+// Which rows each step works on, in order of time or of the steps taken (the other way round in reverse).
+class StepRows {
+ public:
+  template <class Params>
+  explicit StepRows(const Params& p)
+      : ragged_(p.ragged), seq_len_(p.seq_len), batch_(p.batch), resets_(p.resets), reverse_(p.reverse) {}
+
+  int64_t steps() const { return ragged_ ? ragged_->steps : seq_len_; }
+  int64_t time(int64_t step) const { return reverse_ ? steps() - 1 - step : step; }
+  // The first row of a time, and how many it has; time may be steps().
+  int64_t first(int64_t time) const { return ragged_ ? ragged_->first[time] : time * batch_; }
+  int64_t at(int64_t time) const { return time < steps() ? first(time + 1) - first(time) : 0; }
+  int64_t all() const { return first(steps()); }
+  // Where a row lies in x, output and their gradients, and a sequence in the batch.
+  int64_t place(int64_t row) const { return in_place() ? row : ragged_->place[row]; }
+  bool in_place() const { return !ragged_ || !ragged_->place; }
+  int64_t sequence(int64_t i) const { return ragged_ && ragged_->order ? ragged_->order[i] : i; }
+  int64_t length(int64_t i) const { return ragged_ ? ragged_->before[i + 1] - ragged_->before[i] : seq_len_; }
+
+  // The rows of the steps [begin, end).
+  Team::Range rows(int64_t begin, int64_t end) const {
+    return reverse_ ? Team::Range{first(steps() - end), first(steps() - begin)} : Team::Range{first(begin), first(end)};
+  }
+  // The steps from `first` on, one at least, that have no more than `most` rows; or those that end before `last`.
+  int64_t chunk_end(int64_t first, int64_t most) const {
+    int64_t last = first + 1;
+    while (last < steps() && count(first, last + 1) <= most) ++last;
+    return last;
+  }
+  int64_t chunk_begin(int64_t last, int64_t most) const {
+    int64_t first = last - 1;
+    while (first > 0 && count(first - 1, last) <= most) --first;
+    return first;
+  }
+
+  // Of two buffers in turn, the one with a sequence's state before its first step and after its last.
+  int64_t initial_half(int64_t i) const { return reverse_ ? (steps() - length(i)) % 2 : 0; }
+  int64_t final_half(int64_t i) const { return (reverse_ ? steps() : length(i)) % 2; }
+
+  // Whether a sequence starts anew between two steps, the second of which is `step` (0 to steps()).
+  bool any_resets() const { return resets_; }
+  bool reset(int64_t step, int64_t i) const {
+    const int64_t boundary = reverse_ ? steps() - step : step;
+    return resets_ && i < at(boundary) && resets_[boundary * batch_ + sequence(i)];
+  }
+
+  // A member's share of the sequences: as many rows as the others have.
+  Team::Range split(const Team& team) const {
+    if (!ragged_) return team.split(batch_);
+    const int64_t* before = ragged_->before;
+    const auto cut = [&](int64_t member) {
+      return std::lower_bound(before, before + batch_, all() * member / team.size) - before;
+    };
+    return {team.rank == 0 ? 0 : cut(team.rank), team.rank + 1 == team.size ? batch_ : cut(team.rank + 1)};
+  }
+
+  // Writes zeros past the ends of this member's share of the sequences, in a tensor of rows of `width`.
+  template <class S>
+  void clear_padding(S* tensor, int64_t width, const Team& team) const {
+    if (!tensor || !ragged_ || !ragged_->order) return;
+    const auto own = team.split(batch_);
+    for (int64_t t = 0; t < seq_len_; ++t)
+      for (int64_t i = std::max(own.begin, at(t)); i < own.end; ++i)
+        std::fill_n(tensor + (t * batch_ + sequence(i)) * width, width, S{});
+  }
+
+ private:
+  int64_t count(int64_t begin, int64_t end) const {
+    const auto range = rows(begin, end);
+    return range.end - range.begin;
+  }
+
+  const Ragged* ragged_;
+  const int64_t seq_len_, batch_;
+  const bool* resets_;
+  const bool reverse_;
+};
+
+// One row of one step, as a cell sees it; pointers are to its first unit, or the block's.
+template <class S>
+struct ForwardRow {
+  using T = Compute<S>;
+  T* slots;  // [slot][kCols]
+  const T* h;
+  T *h_new, *c;       // c: in and out
+  S *output, *cells;  // cells: or null
+  T* reserve;         // columns at hidden apart, or null
+  int64_t hidden;
+};
+
+template <class S>
+struct BackwardRow {
+  using T = Compute<S>;
+  const S *grad_output, *grad_cells;  // or null
+  const T* reserve;
+  T *dh, *dc;  // in and out
+  T* d_gates;  // [slot][H]
+  int64_t hidden;
+};
+
+// Values of rows that must lie packed and in the type of the arithmetic: copied where the tensor's own rows do not.
+template <class S>
+constexpr bool kWidens = !std::is_same_v<S, Compute<S>>;
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

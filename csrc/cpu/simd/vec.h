@@ -13,6 +13,9 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+
+#include "core/dtype.h"
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
@@ -32,7 +35,7 @@ struct IntOf<double> {
 
 template <class T>
 struct Vec {
-  static constexpr int kLanes = FASTLM_VECTOR_BYTES / sizeof(T);
+  static constexpr int kParts = 1, kLanes = FASTLM_VECTOR_BYTES / sizeof(T);
   using Scalar = T;
   using Int = typename IntOf<T>::type;
   typedef T Raw __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
@@ -65,6 +68,64 @@ struct Vec {
   friend FASTLM_INLINE Vec operator/(Vec a, Vec b) { return {a.raw / b.raw}; }
   friend FASTLM_INLINE Vec operator-(Vec a) { return {-a.raw}; }
 };
+
+// What a vector of float is stored as in bfloat16: rounded to nearest even, NaN quiet.
+using BFloat16Lanes __attribute__((vector_size(FASTLM_VECTOR_BYTES / 2))) = uint16_t;
+using FloatBits __attribute__((vector_size(FASTLM_VECTOR_BYTES))) = uint32_t;
+
+template <class T>
+FASTLM_INLINE T widen(T value) {
+  return value;
+}
+FASTLM_INLINE float widen(BFloat16 value) {
+  const uint32_t bits = uint32_t{value.bits} << 16;
+  float wide;
+  memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
+
+FASTLM_INLINE FloatBits bfloat16_bits(Vec<float> x) {
+  const auto bits = (FloatBits)x.raw;
+  const FloatBits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return x.raw == x.raw ? rounded : FloatBits{} + 0x7fc0;
+}
+
+// Loads and stores of tensors that hold S: S itself or its Compute<S>. The first n lanes of a vector, all of a pack.
+template <class V, class S>
+FASTLM_INLINE V load_as(const S* p, int64_t n) {
+  if constexpr (std::is_same_v<S, typename V::Scalar>) {
+    return V::load_partial(p, n);
+  } else if constexpr (V::kParts > 1) {
+    return V::each([&](int i) FASTLM_LAMBDA_INLINE {
+      return load_as<typename V::V>(p + i * V::V::kLanes, V::V::kLanes);
+    });
+  } else {
+    BFloat16Lanes lanes{};
+    memcpy(&lanes, p, (n < V::kLanes ? n : V::kLanes) * sizeof(S));
+    return {(typename V::Raw)(__builtin_convertvector(lanes, FloatBits) << 16)};
+  }
+}
+template <class V, class S>
+FASTLM_INLINE void store_as(const V& x, S* p, int64_t n) {
+  if constexpr (std::is_same_v<S, typename V::Scalar>) {
+    x.store_partial(p, n);
+  } else if constexpr (V::kParts > 1) {
+    for (int i = 0; i < V::kParts; ++i) store_as(x.parts[i], p + i * V::V::kLanes, V::V::kLanes);
+  } else {
+    const auto lanes = __builtin_convertvector(bfloat16_bits(x), BFloat16Lanes);
+    memcpy(p, &lanes, (n < V::kLanes ? n : V::kLanes) * sizeof(S));
+  }
+}
+// x as it comes back from a tensor of S.
+template <class S, class V>
+FASTLM_INLINE V rounded_to(const V& x) {
+  if constexpr (std::is_same_v<S, typename V::Scalar>)
+    return x;
+  else if constexpr (V::kParts > 1)
+    return V::each([&](int i) FASTLM_LAMBDA_INLINE { return rounded_to<S>(x.parts[i]); });
+  else
+    return {(typename V::Raw)(bfloat16_bits(x) << 16)};
+}
 
 #if FASTLM_FMA_BYTES == 64
 FASTLM_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
@@ -131,7 +192,7 @@ template <class T, int N>
 struct Pack {
   using V = Vec<T>;
   using Scalar = T;
-  static constexpr int kLanes = N * V::kLanes;
+  static constexpr int kParts = N, kLanes = N * V::kLanes;
   V parts[N];
 
   template <class F>
@@ -222,10 +283,17 @@ FASTLM_INLINE void horizontal_sums(const Vec<double>* x, double* to) {
 }
 
 #if FASTLM_FMA_BYTES >= 32
-// to[k][n] = from[n][k] for 8 x 8 floats.
-FASTLM_INLINE void transpose_8x8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+FASTLM_INLINE __m256 load_8(const float* p) { return _mm256_loadu_ps(p); }
+FASTLM_INLINE __m256 load_8(const BFloat16* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+
+// to[k][n] = from[n][k] for 8 x 8 values.
+template <class S>
+FASTLM_INLINE void transpose_8x8(const S* from, int64_t from_stride, float* to, int64_t to_stride) {
   __m256 a[8], b[8];
-  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(from + i * from_stride);
+  for (int i = 0; i < 8; ++i) a[i] = load_8(from + i * from_stride);
   for (int i = 0; i < 8; i += 2) {
     b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
     b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
