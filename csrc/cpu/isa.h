@@ -6,6 +6,7 @@
 
 #include "core/params.h"
 #include "cpu/recurrent.h"
+#include "cpu/stream.h"
 #include "cpu/team.h"
 
 namespace fastlm::cpu {
@@ -21,6 +22,7 @@ template <class S>
 struct RecurrentKernels {
   void (*forward)(const RecurrentForwardParams<S>&, const RecurrentPlan&, ParallelFor);
   void (*backward)(const RecurrentBackwardParams<S>&, const RecurrentPlan&, ParallelFor);
+  Stream<S>* (*stream)(const StreamParams<S>&);  // the caller's to delete
 };
 
 // For accuracy sweeps: y[i] = f(x[i]).

@@ -15,6 +15,7 @@ constexpr int64_t kRowsToSplit = 6;            // rows per member from which sha
 constexpr double kBytesInL2 = 256 << 10;       // recurrent weights that stay beside the rest
 constexpr double kFlopsPerNs = 60;             // of one core, cautiously
 constexpr double kBytesPerNs = 40;             // weights from L3, one core
+constexpr double kStreamNsPerThread = 5000;    // the same where packed weights may still lie in a member's L2
 constexpr double kNsPerThread = 12000;         // below this much work per member a second thread loses
 
 // Rows of some whole steps of the full batch; of steps that shrink, a chunk may take more.
@@ -59,6 +60,20 @@ RecurrentPlan RecurrentPlan::make(const RecurrentBackwardParams<S>& p, int gates
 }
 
 template <class S>
+RecurrentPlan RecurrentPlan::make_stream(const RecurrentForwardParams<S>& p, int gates, int64_t layers,
+                                         int weight_bytes, int max_threads) {
+  const double weights =
+      static_cast<double>(gates) * p.hidden * (p.input_size + p.hidden + 2 * (layers - 1) * p.hidden);
+  const double flops = 2. * p.seq_len * p.batch * weights, bytes = weights * weight_bytes * p.seq_len;
+  RecurrentPlan plan{};
+  plan.work_ns = static_cast<int64_t>(std::max(flops / kFlopsPerNs, bytes / kBytesPerNs));
+  plan.threads = std::max(1, static_cast<int>(std::min<double>(max_threads, plan.work_ns / kStreamNsPerThread)));
+  plan.split_batch = plan.threads == 1;
+  plan.forward_rows = chunk_rows(plan.split_batch ? kForwardRows : kForwardRows / 2, p.batch, p.seq_len);
+  return plan;
+}
+
+template <class S>
 void gru_forward(const RecurrentForwardParams<S>& p, int max_threads, ParallelFor parallel_for) {
   kernels<S>().gru->forward(p, RecurrentPlan::make(p, kGruGates, max_threads), parallel_for);
 }
@@ -78,10 +93,11 @@ void lstm_backward(const RecurrentBackwardParams<S>& p, int max_threads, Paralle
   kernels<S>().lstm->backward(p, RecurrentPlan::make(p, kLstmGates, max_threads), parallel_for);
 }
 
-#define FASTLM_INSTANTIATE(S)                                                      \
-  template void gru_forward(const RecurrentForwardParams<S>&, int, ParallelFor);   \
-  template void gru_backward(const RecurrentBackwardParams<S>&, int, ParallelFor); \
-  template void lstm_forward(const RecurrentForwardParams<S>&, int, ParallelFor);  \
+#define FASTLM_INSTANTIATE(S)                                                                                  \
+  template RecurrentPlan RecurrentPlan::make_stream(const RecurrentForwardParams<S>&, int, int64_t, int, int); \
+  template void gru_forward(const RecurrentForwardParams<S>&, int, ParallelFor);                               \
+  template void gru_backward(const RecurrentBackwardParams<S>&, int, ParallelFor);                             \
+  template void lstm_forward(const RecurrentForwardParams<S>&, int, ParallelFor);                              \
   template void lstm_backward(const RecurrentBackwardParams<S>&, int, ParallelFor)
 FASTLM_INSTANTIATE(float);
 FASTLM_INSTANTIATE(double);

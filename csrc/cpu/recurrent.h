@@ -21,6 +21,10 @@ struct RecurrentPlan {
   static RecurrentPlan make(const RecurrentForwardParams<S>& p, int gates, int max_threads);
   template <class S>
   static RecurrentPlan make(const RecurrentBackwardParams<S>& p, int gates, int max_threads);
+  // For a Stream: weights of `weight_bytes` each, packed and perhaps still in cache; p: the first of its layers.
+  template <class S>
+  static RecurrentPlan make_stream(const RecurrentForwardParams<S>& p, int gates, int64_t layers, int weight_bytes,
+                                   int max_threads);
 };
 
 template <class S>

@@ -43,7 +43,15 @@ void Workspace::allocate() {
     base_ = std::exchange(kept().base, nullptr);
     size_ = std::exchange(kept().size, 0);
   }
-  if (base_) return;
+  if (!base_) allocate_fresh(needed);
+}
+
+void Workspace::allocate_lasting() {
+  lasting_ = true;
+  allocate_fresh(std::exchange(used_, 0));
+}
+
+void Workspace::allocate_fresh(int64_t needed) {
   const int64_t unit = needed < kHugePage ? 64 : kHugePage;
   size_ = (needed + unit) / unit * unit;
   base_ = static_cast<char*>(std::aligned_alloc(unit, size_));
@@ -59,7 +67,7 @@ void Workspace::guard([[maybe_unused]] int64_t begin, [[maybe_unused]] int64_t e
 
 Workspace::~Workspace() {
   if (base_) ASAN_UNPOISON_MEMORY_REGION(base_, size_);
-  if (base_ && size_ <= kMostKept)
+  if (base_ && !lasting_ && size_ <= kMostKept)
     if (std::unique_lock lock(kept().mutex, std::try_to_lock); lock && kept().size < size_) {
       std::swap(base_, kept().base);
       kept().size = size_;

@@ -1,5 +1,5 @@
-// Scratch memory of one call: cut into cache-aligned pieces, contents void. Pieces are taken twice: once to count,
-// once to get pointers, so that sizes are written in one place.
+// Memory cut into cache-aligned pieces, contents void: scratch of one call, or what an object keeps. Pieces are taken
+// twice: once to count, once to get pointers, so that sizes are written in one place.
 #pragma once
 
 #include <cstdint>
@@ -25,12 +25,16 @@ class Workspace {
 
   // Ends counting: allocates and starts over. Throws std::bad_alloc.
   void allocate();
+  // The same from the heap alone, for an object that lives on: the block kept for calls is no place for it.
+  void allocate_lasting();
 
  private:
+  void allocate_fresh(int64_t needed);
   // Forbids a range between two pieces, where AddressSanitizer watches.
   void guard(int64_t begin, int64_t end) const;
 
   char* base_ = nullptr;
+  bool lasting_ = false;
   int64_t size_ = 0, used_ = 0;
 };
 

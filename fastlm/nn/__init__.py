@@ -2,10 +2,12 @@
 
 import torch
 
+from fastlm.nn import init
 from fastlm.nn.gru import GRU, GRUCell
 from fastlm.nn.lstm import LSTM, LSTMCell
+from fastlm.nn.stream import Stream
 
-__all__ = ["GRU", "LSTM", "GRUCell", "LSTMCell", "is_rnn"]
+__all__ = ["GRU", "LSTM", "GRUCell", "LSTMCell", "Stream", "init", "is_rnn"]
 
 # Whole modules saved with torch.save then load with weights_only=True, as torch's own do.
 torch.serialization.add_safe_globals([GRU, LSTM, GRUCell, LSTMCell])

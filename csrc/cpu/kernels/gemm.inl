@@ -47,6 +47,26 @@ void pack_transposed(const S* b, int64_t stride, int64_t depth, int64_t cols, T*
     for (int64_t k = 0; k < depth; ++k) panel[k * kCols<T> + n] = n < cols ? widen(b[n * stride + k]) : T(0);
 }
 
+// As a panel of pairs along k, [depth / 2][kCols][2]: pairs are words of four bytes.
+inline void pack_transposed(const BFloat16* b, int64_t stride, int64_t depth, int64_t cols, BFloat16* panel) {
+  constexpr int64_t kWords = kCols<float>;
+  for (int64_t n = 0; n < kWords; n += 8) {
+    int64_t k = 0;
+#if FASTLM_FMA_BYTES >= 32
+    if (n + 8 <= cols && stride % 2 == 0)
+      for (; k + 16 <= depth; k += 16)
+        transpose_8x8(reinterpret_cast<const float*>(b + n * stride + k), stride / 2,
+                      reinterpret_cast<float*>(panel + k * kWords + 2 * n), kWords);
+#endif
+    for (; k < depth; k += 2)
+      for (int64_t i = n; i < std::min(n + 8, kWords); ++i) {
+        BFloat16 pair[2] = {};
+        if (i < cols) std::copy_n(b + i * stride + k, std::min<int64_t>(2, depth - k), pair);
+        std::copy_n(pair, 2, panel + k * kWords + 2 * i);
+      }
+  }
+}
+
 // Rows [begin, end) of A as stored (K, M), packed [tile][depth][kTileRows]. Some tiles at once, since rows of A lie
 // pages apart: every line of them is then touched once.
 template <class T>
@@ -114,13 +134,13 @@ void block_times_panel(const GemmParams<T>& p, const T* a_tiles, int64_t begin, 
                        whole ? p.c_stride : kCols<T>,
                        whole ? init : Init::kZero,
                        nullptr,
-                       fetch_ahead(panel, panel + depth * kCols<T>, (m - begin) / limit)};
+                       fetch_ahead<T>(panel, panel + depth * kCols<T>, (m - begin) / limit)};
     if (p.a_transposed) {
       tile.a = a_tiles + (m - begin) * depth;
-      run_tile<T, true>(rows, 1, tile);
+      run_tile<true>(rows, 1, tile);
     } else {
       tile.a = p.a + m * p.a_stride + k;
-      run_tile<T, false>(rows, deal, tile);
+      run_tile<false>(rows, deal, tile);
     }
     if (whole) continue;
     for (int r = 0; r < rows; ++r)

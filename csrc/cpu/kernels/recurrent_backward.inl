@@ -188,11 +188,11 @@ class BackwardPass {
     const auto range = active(step);
     for (int64_t b = range.begin; b < range.end; ++b) {
       const int64_t row = row_of(step) + b, place = rows_.place(row);
-      differentiate_row({p_.grad_output ? p_.grad_output + place * p_.hidden : nullptr,
-                         p_.grad_cells ? p_.grad_cells + place * p_.hidden : nullptr,
-                         p_.reserve + row * Cell::kReserve * p_.hidden, buffers_.dh + b * stride_,
-                         buffers_.dc + b * stride_, d_gates(row - base), p_.hidden},
-                        begin, end);
+      differentiate_row(
+          {p_.grad_output ? p_.grad_output + place * p_.hidden : nullptr,
+           p_.grad_cells ? p_.grad_cells + place * p_.hidden : nullptr, p_.reserve + row * Cell::kReserve * p_.hidden,
+           buffers_.dh + b * stride_, buffers_.dc + b * stride_, d_gates(row - base), p_.hidden},
+          begin, end);
     }
   }
 
@@ -217,7 +217,8 @@ class BackwardPass {
     const auto range = active(step);
     for (int64_t b = range.begin; b < range.end; ++b)
       if (rows_.reset(step, b))
-        for (T* grad : {buffers_.dh, buffers_.dc}) std::fill(grad + b * stride_ + begin, grad + b * stride_ + end, T(0));
+        for (T* grad : {buffers_.dh, buffers_.dc})
+          std::fill(grad + b * stride_ + begin, grad + b * stride_ + end, T(0));
   }
 
   // Calls for what `differentiate` will read, which lies in memory since forward.
@@ -295,7 +296,8 @@ class BackwardPass {
       if (!aside && cols == kCols<T>)
         return sum_in(p_.grad_x + (base + rows.begin) * p_.input_size + col, p_.input_size);
     // Aside where rows lie elsewhere or in another type, and for the last, partial panel: a tile writes whole vectors.
-    T* edge = buffers_.edges + team_.rank * BackwardBuffers<S>::edges_size(p_) + (aside ? panel : 0) * kBlockRows * kCols<T>;
+    T* edge =
+        buffers_.edges + team_.rank * BackwardBuffers<S>::edges_size(p_) + (aside ? panel : 0) * kBlockRows * kCols<T>;
     sum_in(edge, kCols<T>);
     if (k + depth < Cell::kGates * p_.hidden) return;
     for (int64_t row = rows.begin; row < rows.end; ++row, edge += kCols<T>)

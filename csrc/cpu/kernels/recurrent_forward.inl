@@ -6,6 +6,10 @@
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
+// Up to this many rows of the batch a step waits for the weights, and their panels stay in bfloat16; beyond, it waits
+// for the arithmetic, and widening them again and again would add to it.
+constexpr int64_t kNarrowRowsAtMost = 4;
+
 // How many rows of this depth stay in L2 while panel after panel of weights passes by.
 template <class T>
 int64_t rows_in_cache(int64_t depth) {
@@ -13,47 +17,63 @@ int64_t rows_in_cache(int64_t depth) {
   return std::max<int64_t>(kElements / std::max<int64_t>(depth, 1) / kTileRows, 4) * kTileRows;
 }
 
-template <class S>
+// P: what panels of weights hold, S or its Compute<S>.
+template <class S, class P>
 struct ForwardBuffers {
   using T = Compute<S>;
-  T* panels_ih;  // [block][gate][I][kCols]
-  T* panels_hh;  // [block][gate][H][kCols]
+  P* panels_ih;  // [block][gate][I][kCols]
+  P* panels_hh;  // [block][gate][H][kCols]
   T* bias;       // [block][slot][kCols]: what a slot starts from
-  T* x;          // [row of the chunk][I], where rows of the input are copied
-  T* gates[2];   // [block][row of the chunk][slot][kCols]; two, of chunks in turn, where units are shared
   T* h[2];       // (B, padded H): state before and after a step
   T* c;          // (B, padded H)
-  T* late;       // per member: max(I, H) x kCols, a panel packed when it is wanted
+  T* x;          // [row of the chunk][I], where rows of the input are copied
+  T* gates[2];   // [block][row of the chunk][slot][kCols]; two, of chunks in turn, where units are shared
+  P* late;       // per member: max(I, H) x kCols, a panel packed when it is wanted
+
+  template <class Cell>
+  void take_weights(Workspace& workspace, const RecurrentForwardParams<S>& p) {
+    const RecurrentSizes<T> sizes(p.hidden);
+    panels_ih = workspace.take<P>(sizes.blocks * Cell::kGates * panel_depth<P>(p.input_size) * kCols<T>);
+    panels_hh = workspace.take<P>(sizes.blocks * Cell::kGates * panel_depth<P>(p.hidden) * kCols<T>);
+  }
+  void take_bias(Workspace& workspace, const RecurrentForwardParams<S>& p) {
+    const RecurrentSizes<T> sizes(p.hidden);
+    bias = workspace.take<T>(sizes.blocks * sizes.slots_width);
+  }
+  void take_state(Workspace& workspace, const RecurrentForwardParams<S>& p) {
+    const int64_t state = p.batch * padded<T>(p.hidden);
+    for (auto& half : h) half = workspace.take<T>(state);
+    c = workspace.take<T>(state);
+  }
+  void take_scratch(Workspace& workspace, const RecurrentForwardParams<S>& p, const RecurrentPlan& plan) {
+    const RecurrentSizes<T> sizes(p.hidden);
+    if (plan.direct) late = workspace.take<P>(plan.threads * late_size(p));
+    if (copies_input(p)) x = workspace.take<T>(plan.forward_rows * p.input_size);
+    const int64_t size = sizes.blocks * plan.forward_rows * sizes.slots_width;
+    gates[0] = workspace.take<T>(size);
+    gates[1] = plan.split_batch ? gates[0] : workspace.take<T>(size);
+  }
 
   template <class Cell>
   static ForwardBuffers take(Workspace& workspace, const RecurrentForwardParams<S>& p, const RecurrentPlan& plan) {
-    const RecurrentSizes<T> sizes(p.hidden);
-    const int64_t state = p.batch * padded<T>(p.hidden);
     ForwardBuffers buffers{};
-    if (plan.direct) {
-      buffers.late = workspace.take<T>(plan.threads * late_size(p));
-    } else {
-      buffers.panels_ih = workspace.take<T>(sizes.blocks * Cell::kGates * p.input_size * kCols<T>);
-      buffers.panels_hh = workspace.take<T>(sizes.blocks * Cell::kGates * p.hidden * kCols<T>);
-    }
-    buffers.bias = workspace.take<T>(sizes.blocks * sizes.slots_width);
-    if (copies_input(p)) buffers.x = workspace.take<T>(plan.forward_rows * p.input_size);
-    const int64_t gates = sizes.blocks * plan.forward_rows * sizes.slots_width;
-    buffers.gates[0] = workspace.take<T>(gates);
-    buffers.gates[1] = plan.split_batch ? buffers.gates[0] : workspace.take<T>(gates);
-    for (auto& h : buffers.h) h = workspace.take<T>(state);
-    buffers.c = workspace.take<T>(state);
+    if (!plan.direct) buffers.template take_weights<Cell>(workspace, p);
+    buffers.take_bias(workspace, p);
+    buffers.take_state(workspace, p);
+    buffers.take_scratch(workspace, p, plan);
     return buffers;
   }
-  static int64_t late_size(const RecurrentForwardParams<S>& p) { return std::max(p.input_size, p.hidden) * kCols<T>; }
+  static int64_t late_size(const RecurrentForwardParams<S>& p) {
+    return panel_depth<P>(std::max(p.input_size, p.hidden)) * kCols<T>;
+  }
   static bool copies_input(const RecurrentForwardParams<S>& p) { return kWidens<S> || !StepRows(p).in_place(); }
 };
 
-template <class S, class Cell>
+template <class S, class P, class Cell>
 class ForwardPass {
  public:
   using T = Compute<S>;
-  ForwardPass(const RecurrentForwardParams<S>& p, const RecurrentPlan& plan, const ForwardBuffers<S>& buffers,
+  ForwardPass(const RecurrentForwardParams<S>& p, const RecurrentPlan& plan, const ForwardBuffers<S, P>& buffers,
               const Team& team)
       : p_(p),
         plan_(plan),
@@ -66,19 +86,29 @@ class ForwardPass {
         stride_(padded<T>(p.hidden)) {}
 
   void run() {
-    if (!plan_.direct) pack_weights();
+    if (!plan_.direct) pack_weights(p_.w_ih, p_.w_hh);
     start_bias();
     start_state();
     for (S* tensor : {p_.output, p_.cells}) rows_.clear_padding(tensor, p_.hidden, team_);
     team_.barrier();
+    run_steps();
+    if (!plan_.split_batch) team_.barrier();
+    finish_state();
+  }
+
+  // What a Stream does once, and what it does every time; both end without a barrier.
+  template <class W>
+  void prepare_weights(const W* w_ih, const W* w_hh) {
+    pack_weights(w_ih, w_hh);
+    start_bias();
+  }
+  void run_steps() {
     int64_t last, chunks = 0;
     for (int64_t first = 0; first < rows_.steps(); first = last, ++chunks) {
       last = spread_ ? std::min(rows_.steps(), first + plan_.forward_rows / p_.batch)
                      : rows_.chunk_end(first, plan_.forward_rows);
       run_chunk({first, last, buffers_.gates[chunks % 2]});
     }
-    if (!plan_.split_batch) team_.barrier();
-    finish_state();
   }
 
  private:
@@ -134,15 +164,16 @@ class ForwardPass {
     for (int64_t i = 0; i < sizes_.blocks; ++i) body(backwards ? sizes_.blocks - 1 - i : i);
   }
 
-  void pack_weights() {
+  template <class W>
+  void pack_weights(const W* w_ih, const W* w_hh) {
     const auto range = team_.split(sizes_.blocks * Cell::kGates);
     for (int64_t i = range.begin; i < range.end; ++i) {
       const int64_t block = i / Cell::kGates, gate = i % Cell::kGates;
       const int64_t row = gate * p_.hidden + block * kCols<T>, units = units_of(block);
-      pack_transposed(p_.w_ih + row * p_.input_size, p_.input_size, p_.input_size, units,
-                      buffers_.panels_ih + i * p_.input_size * kCols<T>);
-      pack_transposed(p_.w_hh + row * p_.hidden, p_.hidden, p_.hidden, units,
-                      buffers_.panels_hh + i * p_.hidden * kCols<T>);
+      pack_transposed(w_ih + row * p_.input_size, p_.input_size, p_.input_size, units,
+                      buffers_.panels_ih + i * panel_depth<P>(p_.input_size) * kCols<T>);
+      pack_transposed(w_hh + row * p_.hidden, p_.hidden, p_.hidden, units,
+                      buffers_.panels_hh + i * panel_depth<P>(p_.hidden) * kCols<T>);
     }
   }
 
@@ -168,20 +199,22 @@ class ForwardPass {
   }
 
   // slots (rows) = init + a (rows, depth) times the weights of one block and gate, packed or in place.
-  void product(const T* a, int64_t a_stride, int64_t rows, const T* panels, const S* weights, int64_t depth,
+  void product(const T* a, int64_t a_stride, int64_t rows, const P* panels, const S* weights, int64_t depth,
                int64_t block, int gate, T* slots, Init init, const T* bias, int deal) {
-    const T* panel = panels + (block * Cell::kGates + gate) * depth * kCols<T>;
-    if (plan_.direct) {
-      const S* stored = weights + (gate * p_.hidden + block * kCols<T>)*depth;
-      if (p_.batch <= kDotRowsAtMost)  // not this member's rows: sums must not depend on how many share them
-        return dot_product<S>(
-            {a, a_stride, stored, depth, units_of(block), depth, slots, sizes_.slots_width, init, bias}, rows);
-      T* late = buffers_.late + team_.rank * ForwardBuffers<S>::late_size(p_);
-      pack_transposed(stored, depth, depth, units_of(block), late);
-      panel = late;
-    }
+    const P* panel = panels + (block * Cell::kGates + gate) * panel_depth<P>(depth) * kCols<T>;
+    // Nothing that has panels of another type is direct.
+    if constexpr (std::is_same_v<P, S>)
+      if (plan_.direct) {
+        const S* stored = weights + (gate * p_.hidden + block * kCols<T>)*depth;
+        if (p_.batch <= kDotRowsAtMost)  // not this member's rows: sums must not depend on how many share them
+          return dot_product<S>(
+              {a, a_stride, stored, depth, units_of(block), depth, slots, sizes_.slots_width, init, bias}, rows);
+        P* late = buffers_.late + team_.rank * ForwardBuffers<S, P>::late_size(p_);
+        pack_transposed(stored, depth, depth, units_of(block), late);
+        panel = late;
+      }
     panel_product(a, a_stride, rows, panel, kCols<T>, depth, slots, sizes_.slots_width, init, bias, deal,
-                  plan_.direct ? panel : panel + depth * kCols<T>);
+                  plan_.direct ? panel : panel + panel_depth<P>(depth) * kCols<T>);
   }
 
   // The chunk's rows of x that this member will read, or its share of them where all read all.
@@ -226,23 +259,23 @@ class ForwardPass {
 
   void recurrent_block(const Chunk& chunk, int64_t step, int64_t block) {
     const auto range = active(step);
+    const StepView rows(*this, chunk, step, block);
     const T* h = buffers_.h[step % 2] + range.begin * stride_;
-    T* sums = slots(chunk, block, row_of(chunk, step) + range.begin);
-    fetch_results(step, block, range);
+    fetch_results(rows, range, units_of(block));
     for (int gate = 0; gate < Cell::kGates; ++gate) {
       const int slot = Cell::state_slot(gate);
       product(h, stride_, range.end - range.begin, buffers_.panels_hh, p_.w_hh, p_.hidden, block, gate,
-              sums + slot * kCols<T>, slot == Cell::input_slot(gate) ? Init::kAccumulate : Init::kBias,
-              bias(block, slot), accumulators(p_.batch));
+              rows[range.begin].slots + slot * kCols<T>,
+              slot == Cell::input_slot(gate) ? Init::kAccumulate : Init::kBias, bias(block, slot),
+              accumulators(p_.batch));
     }
     const auto for_rows = [&](const auto& activate) {
-      for (int64_t b = range.begin; b < range.end; ++b)
-        activate(result_row(step, block, b, sums + (b - range.begin) * sizes_.slots_width));
+      for (int64_t b = range.begin; b < range.end; ++b) activate(rows[b]);
     };
     if (units_of(block) == kCols<T>) {
-      using P = Pack<T, kTileVecs>;
-      for_rows([](const Row& row) FASTLM_LAMBDA_INLINE { Cell::template forward_gates<P>(row, 0, kCols<T>); });
-      for_rows([](const Row& row) FASTLM_LAMBDA_INLINE { Cell::template forward_state<P>(row, 0, kCols<T>); });
+      using V = Pack<T, kTileVecs>;
+      for_rows([](const Row& row) FASTLM_LAMBDA_INLINE { Cell::template forward_gates<V>(row, 0, kCols<T>); });
+      for_rows([](const Row& row) FASTLM_LAMBDA_INLINE { Cell::template forward_state<V>(row, 0, kCols<T>); });
     } else {
       for_rows([&](const Row& row) { activate_partial(row, units_of(block)); });
     }
@@ -266,25 +299,50 @@ class ForwardPass {
     }
   }
 
-  Row result_row(int64_t step, int64_t block, int64_t b, T* sums) const {
-    const int64_t row = rows_.first(rows_.time(step)) + b, place = rows_.place(row), unit = block * kCols<T>;
-    return {sums,
-            buffers_.h[step % 2] + b * stride_ + unit,
-            buffers_.h[(step + 1) % 2] + b * stride_ + unit,
-            buffers_.c + b * stride_ + unit,
-            p_.output + place * p_.hidden + unit,
-            p_.cells ? p_.cells + place * p_.hidden + unit : nullptr,
-            p_.reserve ? p_.reserve + row * Cell::kReserve * p_.hidden + unit : nullptr,
-            p_.hidden};
-  }
+  // What the cell sees of a step's sequences in a block; pointers are worked out once, for rows are many and short.
+  class StepView {
+   public:
+    StepView(const ForwardPass& pass, const Chunk& chunk, int64_t step, int64_t block)
+        : first_(pass.rows_.first(pass.rows_.time(step))),
+          place_(pass.rows_.in_place() ? nullptr : pass.p_.ragged->place + first_),
+          stride_(pass.stride_),
+          slots_width_(pass.sizes_.slots_width),
+          zero_{
+              pass.slots(chunk, block, pass.row_of(chunk, step)),
+              pass.buffers_.h[step % 2] + block * kCols<T>,
+              pass.buffers_.h[(step + 1) % 2] + block * kCols<T>,
+              pass.buffers_.c + block * kCols<T>,
+              pass.p_.output + block * kCols<T>,
+              pass.p_.cells ? pass.p_.cells + block * kCols<T> : nullptr,
+              pass.p_.reserve ? pass.p_.reserve + first_ * Cell::kReserve * pass.p_.hidden + block * kCols<T> : nullptr,
+              pass.p_.hidden} {}
+
+    Row operator[](int64_t b) const {
+      const int64_t place = (place_ ? place_[b] : first_ + b) * zero_.hidden;
+      return {zero_.slots + b * slots_width_,
+              zero_.h + b * stride_,
+              zero_.h_new + b * stride_,
+              zero_.c + b * stride_,
+              zero_.output + place,
+              zero_.cells ? zero_.cells + place : nullptr,
+              zero_.reserve ? zero_.reserve + b * Cell::kReserve * zero_.hidden : nullptr,
+              zero_.hidden};
+    }
+
+   private:
+    const int64_t first_;
+    const int64_t* const place_;
+    const int64_t stride_, slots_width_;
+    const Row zero_;  // of sequence 0, or the tensor's beginning
+  };
 
   // Calls for the lines that the activations write, none of them in any cache yet, while the products run.
-  void fetch_results(int64_t step, int64_t block, Team::Range range) const {
+  static void fetch_results(const StepView& rows, Team::Range range, int64_t units) {
     for (int64_t b = range.begin; b < range.end; ++b) {
-      const auto row = result_row(step, block, b, nullptr);
-      fetch_units(row.output, units_of(block));
+      const Row row = rows[b];
+      fetch_units(row.output, units);
       for (int column = 0; row.reserve && column < Cell::kReserve; ++column)
-        fetch_units(row.reserve + column * p_.hidden, units_of(block));
+        fetch_units(row.reserve + column * row.hidden, units);
     }
   }
   template <class E>
@@ -303,7 +361,7 @@ class ForwardPass {
 
   const RecurrentForwardParams<S>& p_;
   const RecurrentPlan& plan_;
-  const ForwardBuffers<S>& buffers_;
+  const ForwardBuffers<S, P>& buffers_;
   const Team& team_;
   const RecurrentSizes<T> sizes_;
   const StepRows rows_;

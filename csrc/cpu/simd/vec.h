@@ -83,6 +83,27 @@ FASTLM_INLINE float widen(BFloat16 value) {
   memcpy(&wide, &bits, sizeof(wide));
   return wide;
 }
+// Consecutive values as floats. Compilers make four instructions of what is two.
+FASTLM_INLINE Vec<float> widen_lanes(const BFloat16* p) {
+#if FASTLM_FMA_BYTES == 64
+  const auto bits = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {(Vec<float>::Raw)((FloatBits)bits << 16)};
+#elif FASTLM_FMA_BYTES == 32 && FASTLM_VECTOR_BYTES == 32
+  const auto bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))};
+#else
+  BFloat16Lanes lanes;
+  memcpy(&lanes, p, sizeof(lanes));
+  return {(Vec<float>::Raw)(__builtin_convertvector(lanes, FloatBits) << 16)};
+#endif
+}
+// The first or the second values of consecutive pairs as floats.
+template <bool kSecond>
+FASTLM_INLINE Vec<float> widen_pairs(const BFloat16* p) {
+  FloatBits pairs;
+  memcpy(&pairs, p, sizeof(pairs));
+  return {(Vec<float>::Raw)(kSecond ? pairs & 0xffff0000 : pairs << 16)};
+}
 
 FASTLM_INLINE FloatBits bfloat16_bits(Vec<float> x) {
   const auto bits = (FloatBits)x.raw;
@@ -96,13 +117,13 @@ FASTLM_INLINE V load_as(const S* p, int64_t n) {
   if constexpr (std::is_same_v<S, typename V::Scalar>) {
     return V::load_partial(p, n);
   } else if constexpr (V::kParts > 1) {
-    return V::each([&](int i) FASTLM_LAMBDA_INLINE {
-      return load_as<typename V::V>(p + i * V::V::kLanes, V::V::kLanes);
-    });
+    return V::each([&](int i)
+                       FASTLM_LAMBDA_INLINE { return load_as<typename V::V>(p + i * V::V::kLanes, V::V::kLanes); });
   } else {
-    BFloat16Lanes lanes{};
-    memcpy(&lanes, p, (n < V::kLanes ? n : V::kLanes) * sizeof(S));
-    return {(typename V::Raw)(__builtin_convertvector(lanes, FloatBits) << 16)};
+    if (n >= V::kLanes) return widen_lanes(p);
+    BFloat16 lanes[V::kLanes] = {};
+    memcpy(lanes, p, n * sizeof(S));
+    return widen_lanes(lanes);
   }
 }
 template <class V, class S>

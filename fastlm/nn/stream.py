@@ -1,0 +1,316 @@
+"""Step by step through a GRU or LSTM stack, for inference: state inside, weights packed once."""
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlm import _backend, _native, ops
+from fastlm.nn._twin import read_weights
+from fastlm.ops import _common
+
+_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+State = Any  # h, or (h, c)
+
+
+class Stream:
+    """A GRU or LSTM that is fed one step, or a few, at a time and keeps its state (inference only).
+
+    The whole stack is one call into C++. Weights are packed at construction: call `refresh()` after changing them.
+    Whole, chunked and stepped sequences agree within rounding. One thread at a time may use a stream.
+
+    Args:
+        module (torch.nn.GRU, LSTM or fastlm.nn.GRU, LSTM): any number of layers, one direction, no projection, on the
+            CPU; float32, float64 or bfloat16. `dropout` plays no part.
+        batch (int): B, rows of every step.
+        weight_dtype (torch.dtype, optional): torch.bfloat16 keeps the weights of a float32 module in bfloat16, half the
+            memory to read in each step; all else stays float32. Default: the module's.
+
+    Raises:
+        TypeError: module is none of these.
+        ValueError: it is bidirectional, has a projection, is not on the CPU, or a number or dtype is impossible.
+
+    Numerics: as the module's; with bfloat16 the cell state stays in float32 from step to step.
+
+    Example:
+        >>> stream = fastlm.nn.Stream(torch.nn.GRU(80, 256, num_layers=2), batch=1)
+        >>> for frame in audio:  # (1, 80)
+        ...     hidden = stream.step(frame)  # (1, 256)
+    """
+
+    def __init__(self, module: torch.nn.Module, batch: int, *, weight_dtype: torch.dtype | None = None) -> None:
+        self._lstm = _check_module(module)
+        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+            raise ValueError(f"batch: expected a whole number of at least 1, got {batch!r}")
+        assert isinstance(module, torch.nn.RNNBase)
+        self._module, self._batch = module, batch
+        self._dtype = _check_weights(module)
+        if weight_dtype not in (None, self._dtype) and (self._dtype, weight_dtype) != (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"weight_dtype: expected None, {self._dtype}"
+                f"{' or torch.bfloat16' if self._dtype == torch.float32 else ''}, got {weight_dtype}"
+            )
+        self._bfloat16_weights = weight_dtype == torch.bfloat16 and self._dtype == torch.float32
+        self._batch_first = module.batch_first
+        self._step_shape = (batch, module.input_size)
+        self._out_shape = (batch, module.hidden_size)
+        self._states_shape = (module.num_layers, batch, module.hidden_size)
+        self._engine = self._make_engine()
+
+    def step(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """One step: x (B, I) -> output of the last layer (B, H), a fresh tensor unless `out` is given.
+
+        Args:
+            x (Tensor): (B, I), dtype of the module, on the CPU.
+            out (Tensor, optional): (B, H), dense, dtype of the module: filled and returned, nothing is allocated.
+
+        Raises:
+            ValueError: wrong shape, dtype or device, or an `out` that is not dense (it names the argument).
+            RuntimeError: x requires a gradient while gradients are recorded.
+        """
+        if x.shape != self._step_shape or x.dtype is not self._dtype or x.requires_grad or not x.is_cpu:
+            self._check_input(x, self._step_shape, "(B, I)")
+        if out is None:
+            out = torch.empty(self._out_shape, dtype=self._dtype)
+        elif (
+            out.shape != self._out_shape or out.dtype is not self._dtype or not (out.is_cpu and out.is_contiguous())
+        ):
+            self._check_out(out)
+        self._engine.run(x if x.is_contiguous() else x.contiguous(), out, 1)
+        return out
+
+    def chunk(self, x: Tensor) -> Tensor:
+        """Some steps: x (T, B, I) -> (T, B, H); (B, T, I) -> (B, T, H) where the module is batch_first. T may be 0.
+
+        Raises:
+            ValueError, RuntimeError: as `step`.
+        """
+        layout = "(B, T, I)" if self._batch_first else "(T, B, I)"
+        batch, input_size = self._step_shape
+        expected = (batch, "T", input_size) if self._batch_first else ("T", batch, input_size)
+        self._check_input(x, expected, layout)
+        steps = (x.transpose(0, 1) if self._batch_first else x).contiguous()
+        out = steps.new_empty(steps.shape[0], *self._out_shape)
+        if steps.shape[0]:
+            self._engine.run(steps, out, steps.shape[0])
+        return out.transpose(0, 1) if self._batch_first else out
+
+    def reset(self, rows: int | Iterable[int] | Tensor | None = None) -> None:
+        """Sets states to zero: all, or those of some rows of the batch (numbers, or a bool mask (B,)).
+
+        Raises:
+            IndexError: a row is not 0 to B - 1.
+        """
+        if isinstance(rows, Tensor):
+            if rows.dtype == torch.bool:
+                _common.check_shape("rows", rows, (self._batch,), "(B,)")
+                rows = rows.nonzero().flatten()
+            rows = rows.tolist()
+        numbers = range(self._batch) if rows is None else [rows] if isinstance(rows, int) else list(rows)  # type: ignore[arg-type]
+        for row in numbers:
+            if not 0 <= row < self._batch:
+                raise IndexError(f"rows: expected 0 to {self._batch - 1} (B - 1), got {row}")
+        for row in numbers:
+            self._engine.reset(row)
+
+    @property
+    def state(self) -> State:
+        """A copy of the states in the form of the module's hx: h (L, B, H), for an LSTM (h, c).
+
+        c is float32 where the module is bfloat16. May be set to such values (or to None: zeros).
+        """
+        h = torch.empty(self._states_shape, dtype=self._dtype)
+        c = torch.empty(self._states_shape, dtype=self._cell_dtype) if self._lstm else None
+        self._engine.read_state(h, c)
+        return (h, c) if self._lstm else h
+
+    @state.setter
+    def state(self, value: State) -> None:
+        if value is None:
+            return self.reset()
+        if self._lstm and not (isinstance(value, tuple | list) and len(value) == 2):
+            raise TypeError(f"state: expected a pair (h, c), got {type(value).__name__}")
+        given = value if self._lstm else (value,)
+        for name, tensor in zip(("h", "c"), given, strict=False):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"state: expected {name} to be a Tensor, got {type(tensor).__name__}")
+            _common.check_shape(f"state: {name}", tensor, self._states_shape, "(L, B, H)")
+        dtypes = (self._dtype, self._cell_dtype)
+        h, *c = (t.detach().to("cpu", dtype).contiguous() for t, dtype in zip(given, dtypes, strict=False))
+        self._engine.write_state(h, c[0] if c else None)
+        return None
+
+    def clone(self) -> "Stream":
+        """A stream that goes on from here on its own; the packed weights are shared."""
+        twin = copy.copy(self)
+        twin._engine = self._engine.clone()
+        return twin
+
+    def refresh(self) -> None:
+        """Packs the module's weights again, after they changed; states stay.
+
+        Raises:
+            ValueError: their dtype or device is not what it was.
+        """
+        if _check_weights(self._module) != self._dtype:
+            raise ValueError(f"refresh: expected weights of dtype {self._dtype}, got {_check_weights(self._module)}")
+        state = self.state
+        self._engine = self._make_engine()
+        self.state = state
+
+    def __repr__(self) -> str:
+        weights = ", weight_dtype=torch.bfloat16" if self._bfloat16_weights else ""
+        return f"Stream({self._module!r}, batch={self._batch}{weights})"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Stream holds packed weights and cannot be pickled: pickle its module and its state")
+
+    @property
+    def _cell_dtype(self) -> torch.dtype:
+        return torch.float32 if self._dtype == torch.bfloat16 else self._dtype
+
+    def _make_engine(self) -> "_Kernels | _Reference":
+        layers = [_four(read_weights(self._module, names)) for names in self._module._all_weights]
+        if self._bfloat16_weights and _native.module is None:
+            layers = [[None if w is None else w.bfloat16().float() for w in layer] for layer in layers]
+        if _native.module is None:
+            return _Reference(self._lstm, layers, self._states_shape, self._dtype, self._cell_dtype)
+        return _Kernels(self._lstm, self._bfloat16_weights, layers, self._states_shape, self._dtype)
+
+    def _check_input(self, x: Any, expected: tuple[object, ...], layout: str) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+        _common.check_shape("x", x, expected, layout)
+        if x.dtype != self._dtype:
+            raise ValueError(f"x: expected dtype {self._dtype} (the module's), got {x.dtype}")
+        if not x.is_cpu:
+            raise ValueError(f"x: expected a CPU tensor, got device {x.device}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("x: a Stream gives no gradients; call it under torch.no_grad() or use the module itself")
+
+    def _check_out(self, out: Any) -> None:
+        if not isinstance(out, Tensor):
+            raise TypeError(f"out: expected a Tensor, got {type(out).__name__}")
+        _common.check_shape("out", out, self._out_shape, "(B, H)")
+        if out.dtype != self._dtype:
+            raise ValueError(f"out: expected dtype {self._dtype} (the module's), got {out.dtype}")
+        raise ValueError("out: expected a dense CPU tensor")
+
+
+class _Kernels:
+    """The compiled stack, on addresses of dense tensors."""
+
+    def __init__(
+        self,
+        lstm: bool,
+        bfloat16_weights: bool,
+        layers: Sequence[Sequence[Tensor | None]],
+        states_shape: tuple[int, int, int],
+        dtype: torch.dtype,
+    ) -> None:
+        dense = [[None if w is None else w.detach().contiguous() for w in layer] for layer in layers]
+        input_size = dense[0][0].shape[1]  # type: ignore[union-attr]
+        _, batch, hidden = states_shape
+        self._stream = _native.module.make_stream(  # type: ignore[union-attr]
+            _DTYPES[dtype], lstm, bfloat16_weights, batch, input_size, hidden,
+            [[0 if w is None else w.data_ptr() for w in layer] for layer in dense],
+        )  # fmt: skip
+        self._run = self._stream.run
+
+    def run(self, x: Tensor, out: Tensor, steps: int) -> None:
+        self._run(x.data_ptr(), out.data_ptr(), steps)
+
+    def read_state(self, h: Tensor, c: Tensor | None) -> None:
+        self._stream.read_state(h.data_ptr(), 0 if c is None else c.data_ptr())
+
+    def write_state(self, h: Tensor, c: Tensor | None) -> None:
+        self._stream.write_state(h.data_ptr(), 0 if c is None else c.data_ptr())
+
+    def reset(self, row: int) -> None:
+        self._stream.reset(row)
+
+    def clone(self) -> "_Kernels":
+        twin = copy.copy(self)
+        twin._stream = self._stream.clone()
+        twin._run = twin._stream.run
+        return twin
+
+
+class _Reference:
+    """The same where the extension is missing."""
+
+    def __init__(
+        self,
+        lstm: bool,
+        layers: list[list[Tensor | None]],
+        states_shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        cell_dtype: torch.dtype,
+    ) -> None:
+        _backend.fall_back("Stream has no kernel without the extension")
+        self._lstm, self._dtype, self._cell_dtype = lstm, dtype, cell_dtype
+        # Arithmetic in the cell's type; only h is rounded to the module's between steps.
+        self._layers = [[None if w is None else w.detach().to(cell_dtype) for w in layer] for layer in layers]
+        self._h = torch.zeros(states_shape, dtype=cell_dtype)
+        self._c = torch.zeros(states_shape, dtype=cell_dtype)
+
+    @torch.no_grad()
+    def run(self, x: Tensor, out: Tensor, steps: int) -> None:
+        for t in range(steps):
+            rows = x.view(steps, *x.shape[-2:])[t].to(self._cell_dtype)
+            for i, weights in enumerate(self._layers):
+                if self._lstm:
+                    rows, self._c[i] = ops.lstm_cell(rows, (self._h[i], self._c[i]), *weights)  # type: ignore[arg-type]
+                else:
+                    rows = ops.gru_cell(rows, self._h[i], *weights)  # type: ignore[arg-type]
+                rows = rows.to(self._dtype).to(self._cell_dtype)
+                self._h[i] = rows
+            out.view(steps, *out.shape[-2:])[t] = rows
+
+    def read_state(self, h: Tensor, c: Tensor | None) -> None:
+        h.copy_(self._h)
+        if c is not None:
+            c.copy_(self._c)
+
+    def write_state(self, h: Tensor, c: Tensor | None) -> None:
+        self._h.copy_(h)
+        if c is not None:
+            self._c.copy_(c)
+
+    def reset(self, row: int) -> None:
+        self._h[:, row] = 0
+        self._c[:, row] = 0
+
+    def clone(self) -> "_Reference":
+        twin = copy.copy(self)
+        twin._h, twin._c = self._h.clone(), self._c.clone()
+        return twin
+
+
+def _check_module(module: Any) -> bool:
+    """Whether it is an LSTM; raises where a Stream cannot run it."""
+    if not isinstance(module, torch.nn.RNNBase) or module.mode not in ("GRU", "LSTM"):
+        raise TypeError(f"module: expected a GRU or LSTM of torch.nn or fastlm.nn, got {type(module).__name__}")
+    if module.bidirectional:
+        raise ValueError("module: expected one direction, got a bidirectional module: its steps need the whole sequence")
+    if module.proj_size:
+        raise ValueError(f"module: expected no projection, got proj_size={module.proj_size}")
+    return module.mode == "LSTM"
+
+
+def _check_weights(module: torch.nn.RNNBase) -> torch.dtype:
+    """The dtype of all weights; raises where they differ or a Stream has no kernel for them."""
+    tensors = [w for names in module._all_weights for w in read_weights(module, names)]
+    dtypes = {w.dtype for w in tensors}
+    if len(dtypes) != 1 or not dtypes <= _DTYPES.keys():
+        raise ValueError(f"module: expected weights of one of {', '.join(map(str, _DTYPES))}, got {dtypes}")
+    if any(not w.is_cpu for w in tensors):
+        raise ValueError(f"module: expected its weights on the CPU, got device {tensors[0].device}")
+    return dtypes.pop()
+
+
+def _four(weights: list[Any]) -> list[Any]:
+    """w_ih, w_hh and both biases, None for one that is missing."""
+    return [*weights, None, None][:4]
