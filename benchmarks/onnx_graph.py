@@ -3,7 +3,8 @@
 from typing import Any
 
 import numpy as np
-from registry import CellLoop, Layer, Packed, TokenModel, Workload
+import torch
+from registry import CellLoop, Layer, Packed, Resets, TokenModel, Workload
 from torch import Tensor, nn
 
 # ONNX orders gates z, r, h (GRU) and i, o, f, c (LSTM); torch r, z, n and i, f, g, o.
@@ -11,8 +12,10 @@ GATE_ORDER = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2)}
 
 
 def covers(workload: Workload) -> bool:
-    """True for whole sequences; a graph per step would measure the runtime's call, not its layer."""
-    return isinstance(workload, Layer) and not isinstance(workload, CellLoop)
+    """True for float32 layers; a loop of graphs of one step would measure the runtime's call, not its layer."""
+    if not isinstance(workload, Layer) or isinstance(workload, CellLoop | Resets):
+        return False
+    return workload.dtype == torch.float32
 
 
 def build(workload: Layer) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_graph
 import torch
-from registry import LanguageModel, Product, Varlen, Workload
+from registry import LanguageModel, OneStep, Product, Resets, Varlen, Workload
 from torch import Tensor, nn
 
 import fastlm
@@ -21,12 +21,16 @@ Call = Callable[[], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Provider:
-    """One implementation; `pool` names the thread pool that it runs on, `package` what must be installed."""
+    """One implementation; `pool` names the thread pool that it runs on, `package` what must be installed.
+
+    One that is not `comparable` computes something else on purpose: a yardstick, neither checked nor a peer.
+    """
 
     name: str
     package: str
     pool: str
     prepare: Callable[[Workload, str, int], Call | None]
+    comparable: bool = True
 
     def version(self) -> str | None:
         """The installed version, None where the package is missing."""
@@ -43,9 +47,10 @@ def _first(result: Any) -> Tensor:
 
 
 def _module_call(
-    workload: Any, module: nn.Module, mode: str, dtype: torch.dtype = torch.float32, fused: bool = False
+    workload: Any, module: nn.Module, mode: str, dtype: torch.dtype | None = None, fused: bool = False
 ) -> Call:
-    """The workload through a torch module; grad mode is the caller's to set."""
+    """The workload through a torch module, in its dtype or another; grad mode is the caller's to set."""
+    dtype = dtype or workload.dtype
     module = module.to(dtype)
     inputs = tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in workload.inputs())
     if mode == "forward":
@@ -93,7 +98,22 @@ def _torch(workload: Workload, mode: str, threads: int) -> Call:
     if isinstance(workload, Product):
         a, b = _operands(workload)
         return lambda: [torch.matmul(a, b)]
+    if isinstance(workload, OneStep):
+        return _carried(workload, workload.module())
     return _module_call(workload, workload.module(), mode)
+
+
+def _carried(workload: OneStep, module: nn.Module) -> Call:
+    """One step after the other through a layer's forward."""
+    module, x = module.to(workload.dtype).eval(), workload.inputs()[0].to(workload.dtype)
+    state: Any = None
+
+    def step() -> list[Tensor]:
+        nonlocal state
+        output, state = module(x, state)
+        return [output]
+
+    return step
 
 
 def _torch_padded(workload: Workload, mode: str, threads: int) -> Call | None:
@@ -111,7 +131,22 @@ def _fastlm(workload: Workload, mode: str, threads: int) -> Call:
     if isinstance(workload, Product):
         gemm, arguments = torch.ops.fastlm.gemm.default, (*workload.inputs(), *workload.transposed)
         return lambda: [gemm(*arguments)]
-    return _module_call(workload, fastlm.replace(workload.module()), mode)
+    if isinstance(workload, OneStep):
+        stream = fastlm.nn.Stream(workload.module().to(workload.dtype), workload.batch)
+        x = workload.inputs()[0][0].to(workload.dtype)
+        out = torch.empty(workload.batch, workload.hidden, dtype=workload.dtype)
+        return lambda: [stream.step(x, out)[None]]
+    return _module_call(workload, workload.fast_module(), mode)
+
+
+def _fastlm_lengths(workload: Workload, mode: str, threads: int) -> Call | None:
+    """Without packing and unpacking around the layer."""
+    return _module_call(workload, workload.lengths_module(), mode) if isinstance(workload, Varlen) else None
+
+
+def _without_resets(workload: Workload, mode: str, threads: int) -> Call | None:
+    """The same layer of fastlm without its mask: what a mask costs."""
+    return _module_call(workload, fastlm.replace(workload.recurrent()), mode) if isinstance(workload, Resets) else None
 
 
 def _fastlm_tuned(workload: Workload, mode: str, threads: int) -> Call | None:
@@ -169,7 +204,9 @@ PROVIDERS = {
         Provider("torch_padded", "torch", "torch", _torch_padded),
         Provider("torch_tuned", "torch", "torch", _torch_tuned),
         Provider("fastlm", "fastlm", "torch", _fastlm),
+        Provider("fastlm_lengths", "fastlm", "torch", _fastlm_lengths),
         Provider("fastlm_tuned", "fastlm", "torch", _fastlm_tuned),
+        Provider("without_resets", "fastlm", "torch", _without_resets, comparable=False),
         Provider("onnxruntime", "onnxruntime", "onnxruntime", _onnxruntime),
         Provider("openvino", "openvino", "openvino", _openvino),
     )

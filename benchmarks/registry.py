@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+import fastlm
+
 MODES = ("forward", "training")
 OPS = ("gru", "lstm")
 GATES = {"gru": 3, "lstm": 4}
@@ -41,8 +43,17 @@ class Layer:
     input_size: int
     layers: int = 1
     bidirectional: bool = False
+    dtype: torch.dtype = torch.float32
+    modes: tuple[str, ...] = MODES
 
-    modes = MODES
+    @property
+    def tolerance(self) -> float:
+        """How far from float64 a result may be, as a part of its largest value.
+
+        float32 stays below 1e-5 on all workloads; bfloat16 or tf32 arithmetic, which would make a comparison unfair, is
+        at 1e-3 and more. bfloat16 itself rounds weights, inputs and every state.
+        """
+        return 1e-4 if self.dtype == torch.float32 else 5e-2
 
     @property
     def directions(self) -> int:
@@ -67,6 +78,10 @@ class Layer:
     def module(self) -> nn.Module:
         """What the providers run: the output is its result, or the first of a tuple."""
         return self.recurrent()
+
+    def fast_module(self) -> nn.Module:
+        """The same for fastlm."""
+        return fastlm.replace(self.module())
 
     def inputs(self) -> tuple[Tensor, ...]:
         """Arguments of the module."""
@@ -94,6 +109,58 @@ class Packed(nn.Module):
         return pad_packed_sequence(self.rnn(packed)[0], total_length=x.shape[0])[0]
 
 
+class Calls(nn.Module):
+    """A layer called with arguments of fastlm's own."""
+
+    def __init__(self, rnn: nn.RNNBase, **arguments: Tensor) -> None:
+        super().__init__()
+        self.rnn, self.arguments = rnn, arguments
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, B, I) -> (T, B, H)."""
+        return self.rnn(x, **self.arguments)[0]
+
+
+class StepsWithResets(nn.Module):
+    """What reinforcement learning runs where segments may end at any step: a step at a time, states times a mask."""
+
+    def __init__(self, rnn: nn.RNNBase, reset_mask: Tensor) -> None:
+        super().__init__()
+        self.rnn, self.keep = rnn, ~reset_mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, B, I) -> (T, B, H)."""
+        outputs, state = [], None
+        for step, keep in zip(x.split(1), self.keep, strict=True):
+            if state is not None:
+                keep = keep.to(x.dtype)[:, None]
+                state = state * keep if isinstance(state, Tensor) else tuple(each * keep for each in state)
+            output, state = self.rnn(step, state)
+            outputs.append(output)
+        return torch.cat(outputs)
+
+
+@dataclass(frozen=True)
+class Resets(Layer):
+    """A layer whose sequences start anew at 5 % of the steps."""
+
+    @cached_property
+    def reset_mask(self) -> Tensor:
+        """(T, B) bool."""
+        return torch.rand(self.seq_len, self.batch, generator=torch.Generator().manual_seed(3)) < 0.05
+
+    def module(self) -> nn.Module:
+        return StepsWithResets(self.recurrent(), self.reset_mask)
+
+    def fast_module(self) -> nn.Module:
+        return Calls(fastlm.replace(self.recurrent()), reset_mask=self.reset_mask)
+
+
+@dataclass(frozen=True)
+class OneStep(Layer):
+    """One step of a sequence, the state carried from call to call; fastlm runs it through a Stream."""
+
+
 @dataclass(frozen=True)
 class Varlen(Layer):
     """A layer over sequences of length 1..T, unsorted; only steps inside a sequence count."""
@@ -112,6 +179,10 @@ class Varlen(Layer):
 
     def module(self) -> nn.Module:
         return Packed(self.recurrent(), self.lengths)
+
+    def lengths_module(self) -> nn.Module:
+        """The way of fastlm alone, without packing."""
+        return Calls(fastlm.replace(self.recurrent()), lengths=self.lengths)
 
     def grad_output(self, output: Tensor) -> Tensor:
         return self._inside(super().grad_output(output))
@@ -220,6 +291,8 @@ class Product:
 
     op = "gemm"
     modes = ("forward",)
+    dtype = torch.float32
+    tolerance = 1e-4
 
     @property
     def name(self) -> str:
@@ -264,6 +337,14 @@ def _recurrent(op: str) -> tuple[Layer, ...]:
         Layer(op, "b32_t64_256_2layer", 32, 64, 256, 256, layers=2),
         Layer(op, "b32_t64_256_bi", 32, 64, 256, 256, bidirectional=True),
         Varlen(op, "b32_t128_256_varlen", 32, 128, 256, 256),
+        Resets(op, "b32_t128_256_resets", 32, 128, 256, 256),
+        Layer(op, "b8_t128_512_bf16", 8, 128, 512, 512, dtype=torch.bfloat16),
+        Layer(op, "b16_t64_256_bf16", 16, 64, 256, 256, dtype=torch.bfloat16),
+        *(
+            OneStep(op, f"stream_b1_{hidden}{suffix}", 1, 1, hidden, hidden, dtype=dtype, modes=("forward",))
+            for hidden in (256, 1024)
+            for dtype, suffix in ((torch.float32, ""), (torch.bfloat16, "_bf16"))
+        ),
         CellLoop(op, "cell_b32_256_x50", 32, 50, 256, 256),
     )
 

@@ -84,5 +84,5 @@ def ours(group: Group) -> Row | None:
 
 def fastest_peer(group: Group) -> Row | None:
     """The fastest row of anything else, torch included."""
-    rows = (row for name, row in group.items() if not name.startswith("fastlm"))
+    rows = (row for name, row in group.items() if not name.startswith(("fastlm", "without")))
     return min(rows, key=lambda r: r.p50, default=None)

@@ -18,7 +18,7 @@ class GRU(Recurrent):
     Unlike there, results under autocast have the autocast dtype, and h_n never aliases output.
 
     Beyond torch.nn: `forward` takes lengths, reset_mask and return_all_states, and training can drop recurrent weights
-    (`weight_dropout`, the probability of DropConnect on every weight_hh, one mask a call; Wan et al. 2013, Merity et al.
+    (`weight_dropout`: probability of DropConnect on every weight_hh, one mask a call; Wan et al. 2013, Merity et al.
     2018) and keep one mask of `dropout` for all steps (`locked_dropout`; Gal and Ghahramani 2016). Both are attributes
     that may be set at any time, also after `fastlm.replace`.
     """
@@ -63,15 +63,15 @@ class GRU(Recurrent):
         Args:
             input: (T, B, I), (B, T, I) with batch_first, (T, I) unbatched, or a PackedSequence.
             hx (optional): h0, (L * D, B, H), (L * D, H) unbatched. Default: zeros.
-            lengths (Tensor or list of int, optional): steps of every sequence, (B,), in any order, zero allowed; replaces
-                packing. Output past a length is 0 and final states are those at it. Default: None, all T.
-            reset_mask (Tensor, optional): bool, (T, B), or (B, T) with batch_first, (T,) unbatched. True at t starts a new
-                segment at t: no state crosses to it, in either direction. Not with a PackedSequence. Default: None.
+            lengths (Tensor or list of int, optional): steps of every sequence, (B,), in any order, zero allowed;
+                replaces packing. Output past a length is 0, final states are those at it. Default: None, all T.
+            reset_mask (Tensor, optional): bool, (T, B), or (B, T) with batch_first, (T,) unbatched. True at t starts a
+                new segment at t: no state crosses to it, either way. Not with a PackedSequence. Default: None.
             return_all_states (bool): also return the states of every layer after every step. Default: False.
 
         Returns:
-            output in the form of input, h_n (L * D, B, H), and with return_all_states h of every layer: (L * D, T, B, H), time
-            and batch as in input, (L * D, rows, H) for a PackedSequence.
+            output in the form of input, h_n (L * D, B, H), and with return_all_states h of every layer: (L * D, T, B,
+            H), time and batch as in input, (L * D, rows, H) for a PackedSequence.
 
         Raises:
             RuntimeError, ValueError: as torch.nn.GRU, and for impossible lengths or reset_mask.

@@ -1,7 +1,6 @@
 """Initial weights that recurrent layers are known to train better from; torch.nn's own are the default."""
 
 import torch
-from torch import Tensor
 
 _GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}
 

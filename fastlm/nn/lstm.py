@@ -20,7 +20,7 @@ class LSTM(Recurrent):
     With proj_size it runs the plain reference.
 
     Beyond torch.nn: `forward` takes lengths, reset_mask and return_all_states, and training can drop recurrent weights
-    (`weight_dropout`, the probability of DropConnect on every weight_hh, one mask a call; Wan et al. 2013, Merity et al.
+    (`weight_dropout`: probability of DropConnect on every weight_hh, one mask a call; Wan et al. 2013, Merity et al.
     2018) and keep one mask of `dropout` for all steps (`locked_dropout`; Gal and Ghahramani 2016). Both are attributes
     that may be set at any time, also after `fastlm.replace`.
     """
@@ -78,15 +78,15 @@ class LSTM(Recurrent):
         Args:
             input: (T, B, I), (B, T, I) with batch_first, (T, I) unbatched, or a PackedSequence.
             hx (optional): (h0, c0), (L * D, B, H or proj_size) and (L * D, B, H), without B unbatched. Default: zeros.
-            lengths (Tensor or list of int, optional): steps of every sequence, (B,), in any order, zero allowed; replaces
-                packing. Output past a length is 0 and final states are those at it. Default: None, all T.
-            reset_mask (Tensor, optional): bool, (T, B), or (B, T) with batch_first, (T,) unbatched. True at t starts a new
-                segment at t: no state crosses to it, in either direction. Not with a PackedSequence. Default: None.
+            lengths (Tensor or list of int, optional): steps of every sequence, (B,), in any order, zero allowed;
+                replaces packing. Output past a length is 0, final states are those at it. Default: None, all T.
+            reset_mask (Tensor, optional): bool, (T, B), or (B, T) with batch_first, (T,) unbatched. True at t starts a
+                new segment at t: no state crosses to it, either way. Not with a PackedSequence. Default: None.
             return_all_states (bool): also return the states of every layer after every step. Default: False.
 
         Returns:
-            output in the form of input, (h_n, c_n) in the form of hx, and with return_all_states (h, c) of every layer: (L * D,
-            T, B, *) each, time and batch as in input, (L * D, rows, *) for a PackedSequence.
+            output in the form of input, (h_n, c_n) in the form of hx, and with return_all_states (h, c) of every layer:
+            (L * D, T, B, *) each, time and batch as in input, (L * D, rows, *) for a PackedSequence.
 
         Raises:
             RuntimeError, ValueError: as torch.nn.LSTM, and for impossible lengths or reset_mask.

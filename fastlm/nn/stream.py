@@ -74,9 +74,7 @@ class Stream:
             self._check_input(x, self._step_shape, "(B, I)")
         if out is None:
             out = torch.empty(self._out_shape, dtype=self._dtype)
-        elif (
-            out.shape != self._out_shape or out.dtype is not self._dtype or not (out.is_cpu and out.is_contiguous())
-        ):
+        elif out.shape != self._out_shape or out.dtype is not self._dtype or not (out.is_cpu and out.is_contiguous()):
             self._check_out(out)
         self._engine.run(x if x.is_contiguous() else x.contiguous(), out, 1)
         return out
@@ -108,7 +106,7 @@ class Stream:
                 _common.check_shape("rows", rows, (self._batch,), "(B,)")
                 rows = rows.nonzero().flatten()
             rows = rows.tolist()
-        numbers = range(self._batch) if rows is None else [rows] if isinstance(rows, int) else list(rows)  # type: ignore[arg-type]
+        numbers = range(self._batch) if rows is None else [rows] if isinstance(rows, int) else list(rows)
         for row in numbers:
             if not 0 <= row < self._batch:
                 raise IndexError(f"rows: expected 0 to {self._batch - 1} (B - 1), got {row}")
@@ -144,9 +142,15 @@ class Stream:
 
     def clone(self) -> "Stream":
         """A stream that goes on from here on its own; the packed weights are shared."""
-        twin = copy.copy(self)
-        twin._engine = self._engine.clone()
+        twin = object.__new__(Stream)
+        twin.__dict__.update(self.__dict__, _engine=self._engine.clone())
         return twin
+
+    def __copy__(self) -> "Stream":
+        return self.clone()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Stream":
+        return self.clone()
 
     def refresh(self) -> None:
         """Packs the module's weights again, after they changed; states stay.
@@ -294,7 +298,9 @@ def _check_module(module: Any) -> bool:
     if not isinstance(module, torch.nn.RNNBase) or module.mode not in ("GRU", "LSTM"):
         raise TypeError(f"module: expected a GRU or LSTM of torch.nn or fastlm.nn, got {type(module).__name__}")
     if module.bidirectional:
-        raise ValueError("module: expected one direction, got a bidirectional module: its steps need the whole sequence")
+        raise ValueError(
+            "module: expected one direction, got a bidirectional module: its steps need the whole sequence"
+        )
     if module.proj_size:
         raise ValueError(f"module: expected no projection, got proj_size={module.proj_size}")
     return module.mode == "LSTM"

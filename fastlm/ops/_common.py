@@ -47,16 +47,15 @@ def check_recurrent(gates: int, tensors: dict[str, Any], sequences: "Sequences")
     """Checks the tensors of one layer and direction: x, states (h0, c0) and weights by name, w_hr for a projection."""
     check_same(tensors, optional=("h0", "c0", "b_ih", "b_hh"))
     x, w_hh, w_hr = tensors["x"], tensors["w_hh"], tensors.get("w_hr")
-    input_size = x.shape[-1]
     if sequences.batch_sizes is None:
         if x.dim() != 3:
             raise ValueError(f"x: expected 3 dimensions (T, B, I), got shape {tuple(x.shape)}")
-        seq_len, batch, _ = x.shape
+        seq_len, batch, input_size = x.shape
         if seq_len == 0:
             raise ValueError("x: expected at least one time step (T >= 1), got T = 0")
     else:
-        state = next((tensors[name] for name in ("h0", "c0") if tensors.get(name) is not None), None)
-        batch = "B" if state is None else state.shape[0]
+        input_size = x.shape[1]
+        batch = "B" if torch.compiler.is_compiling() else int(sequences.batch_sizes[0])
     width_name = "H" if w_hr is None else "P"
     for name, tensor, layout in (("w_hh", w_hh, f"({gates}H, {width_name})"), ("w_hr", w_hr, "(P, H)")):
         if tensor is not None and tensor.dim() != 2:

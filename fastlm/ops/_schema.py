@@ -4,10 +4,10 @@ import torch
 
 LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
 
-# Either x (T, B, I), with lengths (B,) int64 and reset_mask (T, B) bool if given, or with batch_sizes (T,) int64 packed x
-# (rows, I); these three lie on the CPU for its kernels. `save` asks for the reserve that backward needs, `all_cells` for
-# every c; without it each is an empty tensor. A gradient that is not asked for (need_*, or `state`, of which only the
-# shape counts) or has no input (no bias) is an empty tensor.
+# Either x (T, B, I), with lengths (B,) int64 and reset_mask (T, B) bool if given, or with batch_sizes (T,) int64 packed
+# x (rows, I); these three lie on the CPU for its kernels. `save` asks for the reserve that backward needs, `all_cells`
+# for every c; without it each is an empty tensor. A gradient that is not asked for (need_*, or `state`, of which only
+# the shape counts) or has no input (no bias) is an empty tensor.
 _SEQUENCES = "Tensor? lengths, Tensor? batch_sizes, Tensor? reset_mask"
 SCHEMAS = (
     f"gru_forward(Tensor x, Tensor? h0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, {_SEQUENCES},"
@@ -15,8 +15,9 @@ SCHEMAS = (
     "gru_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor x, Tensor? state, Tensor w_ih, Tensor w_hh,"
     f" {_SEQUENCES}, Tensor reserve, bool reverse, bool need_x, bool need_weights, bool need_bias)"
     " -> (Tensor grad_x, Tensor grad_h0, Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_b_ih, Tensor grad_b_hh)",
-    f"lstm_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, {_SEQUENCES},"
-    " bool reverse, bool save, bool all_cells) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor cells, Tensor reserve)",
+    "lstm_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh,"
+    f" {_SEQUENCES}, bool reverse, bool save, bool all_cells)"
+    " -> (Tensor output, Tensor h_n, Tensor c_n, Tensor cells, Tensor reserve)",
     "lstm_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells, Tensor x,"
     f" Tensor? state, Tensor w_ih, Tensor w_hh, {_SEQUENCES}, Tensor reserve, bool reverse, bool need_x,"
     " bool need_weights, bool need_bias)"

@@ -38,11 +38,11 @@ def gru(
         lengths (Tensor or list of int, optional): steps of every sequence, (B,), 0 to T in any order, any integer dtype
             and device. Output is 0 past a length, h_n the state at it (h0 for length 0); reverse starts at the last
             step within it. What x holds past a length plays no part. Default: None, all T.
-        batch_sizes (Tensor or list of int, optional): rows of every step, (T,), as in a PackedSequence: x holds the rows
-            of the first step, then of the next. Not together with lengths or reset_mask. Default: None.
-        reset_mask (Tensor, optional): bool (T, B). True at t starts a new segment at t in both directions: the state is 0
-            before step t, with reverse after step t (so h_n is 0 where it is True at 0). Past a length it plays no part.
-            Default: None.
+        batch_sizes (Tensor or list of int, optional): rows of every step, (T,), as in a PackedSequence: x holds the
+            rows of the first step, then of the next. Not together with lengths or reset_mask. Default: None.
+        reset_mask (Tensor, optional): bool (T, B). True at t starts a new segment at t in both directions: the state
+            is 0 before step t, with reverse after step t (so h_n is 0 where it is True at 0). Past a length it plays no
+            part. Default: None.
         reverse (bool): run t = T-1 .. 0. Default: False.
 
     Returns:
@@ -50,8 +50,8 @@ def gru(
         h_n (Tensor): (B, H), the last state, a copy.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, T == 0, or a length or batch size is impossible (the message names
-            the argument, expected and got).
+        ValueError: shapes, dtypes or devices disagree, T == 0, or a length or batch size is impossible (the message
+            names the argument, expected and got).
         TypeError: an argument is no Tensor.
 
     Numerics: accumulates in the input's dtype, bfloat16 in float32. Error against a float64 reference at most 2x

@@ -49,8 +49,24 @@ def lstm(
     batch_sizes: Integers = None,
     reset_mask: Tensor | None = None,
     reverse: bool = False,
-    return_all_states: bool,
+    return_all_states: Literal[True],
 ) -> ResultWithCells: ...
+@overload
+def lstm(
+    x: Tensor,
+    state: State,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    w_hr: Tensor | None = None,
+    *,
+    lengths: Integers = None,
+    batch_sizes: Integers = None,
+    reset_mask: Tensor | None = None,
+    reverse: bool = False,
+    return_all_states: bool,
+) -> Result | ResultWithCells: ...
 def lstm(
     x: Tensor,
     state: State,
@@ -76,7 +92,10 @@ def lstm(
         b_ih (Tensor, optional): (4H,). Default: None.
         b_hh (Tensor, optional): (4H,). Default: None.
         w_hr (Tensor, optional): projection of the output (proj_size), (P, H); runs the reference. Default: None.
-        lengths, batch_sizes, reset_mask, reverse: as in `fastlm.ops.gru`; they hold for h and c alike.
+        lengths (Tensor or list of int, optional): as in `fastlm.ops.gru`, and so the next three. Default: None.
+        batch_sizes (Tensor or list of int, optional): rows of every step. Default: None.
+        reset_mask (Tensor, optional): where h and c start anew. Default: None.
+        reverse (bool): run t = T-1 .. 0. Default: False.
         return_all_states (bool): also return c after every step. Default: False.
 
     Returns:
@@ -86,8 +105,8 @@ def lstm(
         cells (Tensor): with return_all_states, c after every step, laid out as output.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, T == 0, or a length or batch size is impossible (the message names
-            the argument, expected and got).
+        ValueError: shapes, dtypes or devices disagree, T == 0, or a length or batch size is impossible (the message
+            names the argument, expected and got).
         TypeError: an argument is no Tensor.
 
     Numerics: accumulates in the input's dtype, bfloat16 in float32 with c in float32. Error against a float64 reference

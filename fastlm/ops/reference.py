@@ -1,11 +1,13 @@
 """Plain PyTorch truth of every operation: any dtype and device, differentiable any number of times, no speed ambition.
 
 Used as the reference in tests and benchmarks, as the composed path under `torch.func` transforms, forward-mode AD and
-double backward, and for what the kernels do not cover. bfloat16 is computed in float32, as in the kernels.
+double backward, and for what the kernels do not cover. bfloat16 is computed in float32 as in the kernels, h rounded
+after every step.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,9 +52,9 @@ def gru(
 ) -> tuple[Tensor, Tensor]:
     """One GRU layer and direction; see `fastlm.ops.gru`."""
     dtype = x.dtype
-    x, h0, w_ih, w_hh, b_ih, b_hh = _widened(x, h0, w_ih, w_hh, b_ih, b_hh)
+    x, h0, w_ih, w_hh, b_ih, b_hh = map(_widened, (x, h0, w_ih, w_hh, b_ih, b_hh))
     widths = (w_hh.shape[1],)
-    step = partial(_gru_step, w_hh, b_hh)
+    step = _rounding(dtype, partial(_gru_step, w_hh, b_hh))
     (output,), (h_n,) = _unroll(
         x, (h0,), widths, partial(linear, weight=w_ih, bias=b_ih), step, lengths, batch_sizes, reset_mask, reverse
     )
@@ -75,9 +77,9 @@ def lstm(
 ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
     """One LSTM layer and direction: output, (h_n, c_n), every c; see `fastlm.ops.lstm`."""
     dtype = x.dtype
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr = _widened(x, *state, w_ih, w_hh, b_ih, b_hh, w_hr)
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr = map(_widened, (x, *state, w_ih, w_hh, b_ih, b_hh, w_hr))
     widths = (w_hh.shape[1], w_hh.shape[0] // 4)
-    step = partial(_lstm_step, w_hh, b_hh, w_hr)
+    step = _rounding(dtype, partial(_lstm_step, w_hh, b_hh, w_hr))
     (output, cells), (h_n, c_n) = _unroll(
         x, (h0, c0), widths, partial(linear, weight=w_ih, bias=b_ih), step, lengths, batch_sizes, reset_mask, reverse
     )
@@ -136,9 +138,21 @@ def _lstm_step(w_hh: Tensor, b_hh: Tensor | None, w_hr: Tensor | None, gates_x: 
     return (h if w_hr is None else linear(h, w_hr)), c
 
 
-def _widened(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _rounding(dtype: torch.dtype, step: Callable[[Tensor, States], States]) -> Callable[[Tensor, States], States]:
+    """The step with h rounded to bfloat16 if that is the dtype; gradients pass as they are."""
+    if dtype != torch.bfloat16:
+        return step
+
+    def rounded(gates_x: Tensor, states: States) -> States:
+        h, *c = step(gates_x, states)
+        return h + (h.to(dtype).to(h.dtype) - h).detach(), *c
+
+    return rounded
+
+
+def _widened(tensor: Any) -> Any:
     """bfloat16 as float32."""
-    return tuple(t.float() if t is not None and t.dtype == torch.bfloat16 else t for t in tensors)
+    return tensor.float() if tensor is not None and tensor.dtype == torch.bfloat16 else tensor
 
 
 def _unroll(

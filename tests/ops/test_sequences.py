@@ -139,8 +139,8 @@ def test_every_way_to_say_it_gives_the_same(isa: str, kind: str, reverse: bool) 
     for lengths in (case.lengths.tolist(), case.lengths.int(), case.lengths.to(torch.uint8)):
         assert equal(run_fastlm(replace(case, lengths=lengths)), expected)
     order = case.lengths.argsort(descending=True)
-    sorted_case = replace(case, x=case.x[:, order], lengths=case.lengths[order],
-                          **{name: getattr(case, name)[order] for name in ("h0", "c0") if getattr(case, name) is not None})  # fmt: skip
+    states = {name: tensor[order] for name, tensor in case.tensors().items() if name in ("h0", "c0")}
+    sorted_case = replace(case, x=case.x[:, order], lengths=case.lengths[order], **states)
     for name, value in run_fastlm(sorted_case).items():
         assert torch.equal(value, expected[name][:, order] if name == "output" else expected[name][order])
 
@@ -193,22 +193,24 @@ def call(case: Recurrent, **wrong: object) -> object:
     return run_fastlm(replace(case, **wrong))
 
 
+ONES = torch.ones(3, dtype=torch.int64)
+MASK = torch.ones(4, 3, dtype=torch.bool)
 WRONG_SEQUENCES = {
     "negative": ({"lengths": [1, -1, 2]}, ValueError, r"lengths: expected 0 to 4 \(T\), got -1 at index 1"),
     "too long": ({"lengths": [1, 5, 2]}, ValueError, r"lengths: expected 0 to 4 \(T\), got 5"),
     "wrong count": ({"lengths": [1, 2]}, ValueError, r"lengths: expected shape \(B,\) = \(3\), got \(2,\)"),
-    "float": ({"lengths": torch.ones(3)}, ValueError, "lengths: expected an integer dtype, got torch.float32"),
+    "float": ({"lengths": ONES.float()}, ValueError, r"lengths: expected an integer dtype, got torch\.float32"),
     "list of float": ({"lengths": [1.0, 2, 3]}, TypeError, "lengths: expected whole numbers"),
-    "bool": ({"lengths": torch.ones(3, dtype=torch.bool)}, ValueError, "lengths: expected an integer dtype"),
+    "bool": ({"lengths": ONES.bool()}, ValueError, "lengths: expected an integer dtype"),
     "number": ({"lengths": 3}, TypeError, "lengths: expected a Tensor or a list of int, got int"),
-    "two dimensions": ({"lengths": torch.ones(1, 3, dtype=torch.int64)}, ValueError, "lengths: expected shape"),
-    "mask of int": ({"reset_mask": torch.ones(4, 3, dtype=torch.int64)}, ValueError, "reset_mask: expected dtype torch.bool"),
-    "mask transposed": ({"reset_mask": torch.ones(3, 4, dtype=torch.bool)}, ValueError, r"reset_mask: expected shape \(T, B\) = \(4, 3\)"),
+    "two dimensions": ({"lengths": ONES[None]}, ValueError, "lengths: expected shape"),
+    "mask of int": ({"reset_mask": MASK.long()}, ValueError, r"reset_mask: expected dtype torch\.bool"),
+    "mask transposed": ({"reset_mask": MASK.mT}, ValueError, r"reset_mask: expected shape \(T, B\) = \(4, 3\)"),
     "mask as list": ({"reset_mask": [[True]]}, TypeError, "reset_mask: expected a Tensor, got list"),
-    "sizes with padded x": ({"batch_sizes": [3, 3]}, ValueError, r"x: expected 2 dimensions \(rows, I\) with batch_sizes"),
-    "sizes and lengths": ({"batch_sizes": [3], "lengths": [1, 1, 1]}, ValueError, "lengths: expected None together with batch_sizes"),
-    "sizes and mask": ({"batch_sizes": [3], "reset_mask": torch.ones(1, 3, dtype=torch.bool)}, ValueError, "reset_mask: expected None"),
-}  # fmt: skip
+    "sizes, padded x": ({"batch_sizes": [3, 3]}, ValueError, r"x: expected 2 dimensions \(rows, I\) with batch_sizes"),
+    "sizes and lengths": ({"batch_sizes": [3], "lengths": ONES}, ValueError, "lengths: expected None together with"),
+    "sizes and mask": ({"batch_sizes": [3], "reset_mask": MASK}, ValueError, "reset_mask: expected None together"),
+}
 
 
 @kinds

@@ -4,6 +4,9 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <optional>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -14,6 +17,8 @@
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
 #include "cpu/recurrent.h"
+#include "cpu/sequences.h"
+#include "cpu/stream.h"
 
 namespace {
 
@@ -48,64 +53,150 @@ const Pool kPools[] = {
 
 std::mt19937 generator(1);
 
-template <class T>
-std::vector<T> random(int64_t n) {
-  std::uniform_real_distribution<T> value(-0.1, 0.1);  // so small that 200 steps stay finite
-  std::vector<T> made(n);
-  for (auto& v : made) v = value(generator);
+// Small values, so that 200 steps stay finite.
+template <class S>
+std::vector<S> random(int64_t n) {
+  std::uniform_real_distribution<float> value(-0.1f, 0.1f);
+  std::vector<S> made(n);
+  for (auto& v : made)
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      const float drawn = value(generator);
+      uint32_t bits;
+      std::memcpy(&bits, &drawn, sizeof(bits));
+      v.bits = static_cast<uint16_t>(bits >> 16);
+    } else {
+      v = value(generator);
+    }
   return made;
 }
 
-template <class T>
-using Results = std::vector<std::vector<T>>;
+using Bytes = std::vector<std::vector<char>>;  // results, to be compared bit by bit
+template <class S>
+void add(Bytes& results, const std::vector<S>& values) {
+  const auto* begin = reinterpret_cast<const char*>(values.data());
+  results.emplace_back(begin, begin + values.size() * sizeof(S));
+}
 
 struct Shape {
   int64_t seq_len, batch, input_size, hidden;
 };
+enum class Form { kWhole, kLengths, kPacked };
 
-// Outputs of forward and every gradient of backward.
-template <class T>
-Results<T> recurrent(bool lstm, const Shape& s, bool reverse, bool optional, const Pool& pool) {
+// How many rows x has, and which sequences they make up.
+struct Rows {
+  std::optional<cpu::Sequences> sequences;
+  Ragged ragged{};
+  int64_t count;
+  std::unique_ptr<bool[]> resets;
+
+  Rows(const Shape& s, Form form, bool with_resets) : count(s.seq_len * s.batch) {
+    std::vector<int64_t> lengths(s.batch);
+    for (auto& length : lengths) length = generator() % (s.seq_len + 1);
+    if (form == Form::kLengths) sequences = cpu::Sequences::padded(lengths.data(), s.batch, s.seq_len);
+    if (form == Form::kPacked && s.batch > 0) {
+      std::vector<int64_t> sizes(s.seq_len);
+      count = 0;
+      for (int64_t t = 0; t < s.seq_len; ++t) count += sizes[t] = std::max<int64_t>(1, s.batch - t / 2);
+      sequences = cpu::Sequences::packed(sizes.data(), s.seq_len, count);
+    }
+    if (sequences) ragged = sequences->view();
+    if (with_resets && form != Form::kPacked) {
+      resets.reset(new bool[count]);
+      for (int64_t i = 0; i < count; ++i) resets[i] = generator() % 4 == 0;
+    }
+  }
+  template <class Params>
+  void fill(Params& p, const Shape& s) const {
+    p.seq_len = s.seq_len, p.batch = s.batch, p.input_size = s.input_size, p.hidden = s.hidden;
+    p.ragged = sequences ? &ragged : nullptr;
+    p.resets = resets.get();
+  }
+};
+
+// Outputs of forward and every gradient of backward; `optional`: with all that may be missing.
+template <class S>
+Bytes recurrent(bool lstm, const Shape& s, Form form, bool reverse, bool optional, const Pool& pool) {
+  using T = Compute<S>;
   generator.seed(static_cast<unsigned>(s.seq_len * 1000 + s.hidden));
+  const Rows rows(s, form, optional);
   const int64_t gates = (lstm ? int{kLstmGates} : int{kGruGates}) * s.hidden, state = s.batch * s.hidden;
-  const int64_t steps = s.seq_len * s.batch, kept = lstm ? int{kLstmReserve} : int{kGruReserve};
-  const auto x = random<T>(steps * s.input_size), h0 = random<T>(state), c0 = random<T>(state);
-  const auto w_ih = random<T>(gates * s.input_size), w_hh = random<T>(gates * s.hidden);
-  const auto b_ih = random<T>(gates), b_hh = random<T>(gates);
-  const auto grad_output = random<T>(steps * s.hidden), grad_h_n = random<T>(state), grad_c_n = random<T>(state);
-  const auto given = [&](const std::vector<T>& values) { return optional ? values.data() : nullptr; };
+  const int64_t kept = lstm ? int{kLstmReserve} : int{kGruReserve};
+  const auto x = random<S>(rows.count * s.input_size), h0 = random<S>(state), c0 = random<S>(state);
+  const auto w_ih = random<S>(gates * s.input_size), w_hh = random<S>(gates * s.hidden);
+  const auto b_ih = random<S>(gates), b_hh = random<S>(gates);
+  const auto grad_output = random<S>(rows.count * s.hidden), grad_cells = random<S>(rows.count * s.hidden);
+  const auto grad_h_n = random<S>(state), grad_c_n = random<S>(state);
+  const auto given = [&](const std::vector<S>& values) { return optional ? values.data() : nullptr; };
 
-  std::vector<T> output(steps * s.hidden), h_n(state), c_n(state), reserve(steps * kept * s.hidden);
-  RecurrentForwardParams<T> f{};
-  f.seq_len = s.seq_len, f.batch = s.batch, f.input_size = s.input_size, f.hidden = s.hidden;
+  std::vector<S> output(rows.count * s.hidden), cells(output.size()), h_n(state), c_n(state);
+  std::vector<T> reserve(rows.count * kept * s.hidden);
+  RecurrentForwardParams<S> f{};
+  rows.fill(f, s);
   f.x = x.data(), f.h0 = given(h0), f.c0 = given(c0), f.w_ih = w_ih.data(), f.w_hh = w_hh.data();
   f.b_ih = given(b_ih), f.b_hh = given(b_hh), f.reverse = reverse;
-  f.output = output.data(), f.h_n = h_n.data(), f.c_n = c_n.data(), f.reserve = reserve.data();
-  (lstm ? cpu::lstm_forward<T> : cpu::gru_forward<T>)(f, pool.threads, pool.run);
+  f.output = output.data(), f.cells = lstm && optional ? cells.data() : nullptr;
+  f.h_n = h_n.data(), f.c_n = c_n.data(), f.reserve = reserve.data();
+  (lstm ? cpu::lstm_forward<S> : cpu::gru_forward<S>)(f, pool.threads, pool.run);
 
-  std::vector<T> grad_x(steps * s.input_size), grad_h0(state), grad_c0(state);
-  std::vector<T> grad_w_ih(w_ih.size()), grad_w_hh(w_hh.size()), grad_b_ih(gates), grad_b_hh(gates);
-  RecurrentBackwardParams<T> b{};
-  b.seq_len = s.seq_len, b.batch = s.batch, b.input_size = s.input_size, b.hidden = s.hidden;
-  b.grad_output = grad_output.data(), b.grad_h_n = given(grad_h_n), b.grad_c_n = given(grad_c_n);
+  std::vector<S> grad_x(x.size()), grad_h0(state), grad_c0(state);
+  std::vector<S> grad_w_ih(w_ih.size()), grad_w_hh(w_hh.size()), grad_b_ih(gates), grad_b_hh(gates);
+  RecurrentBackwardParams<S> b{};
+  rows.fill(b, s);
+  b.grad_output = grad_output.data(), b.grad_cells = lstm ? given(grad_cells) : nullptr;
+  b.grad_h_n = given(grad_h_n), b.grad_c_n = given(grad_c_n);
   b.x = x.data(), b.w_ih = w_ih.data(), b.w_hh = w_hh.data(), b.reserve = reserve.data(), b.reverse = reverse;
   b.grad_x = optional ? grad_x.data() : nullptr, b.grad_h0 = optional ? grad_h0.data() : nullptr;
   b.grad_c0 = optional && lstm ? grad_c0.data() : nullptr;
   b.grad_w_ih = grad_w_ih.data(), b.grad_w_hh = grad_w_hh.data(), b.grad_b_ih = grad_b_ih.data();
   b.grad_b_hh = lstm ? nullptr : grad_b_hh.data();
-  (lstm ? cpu::lstm_backward<T> : cpu::gru_backward<T>)(b, pool.threads, pool.run);
-  return {output, h_n, c_n, reserve, grad_x, grad_h0, grad_c0, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh};
+  (lstm ? cpu::lstm_backward<S> : cpu::gru_backward<S>)(b, pool.threads, pool.run);
+  Bytes results;
+  for (const auto& values :
+       {output, cells, h_n, c_n, grad_x, grad_h0, grad_c0, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh})
+    add(results, values);
+  return results;
+}
+
+// Steps, a chunk, and steps of a clone whose original is gone.
+template <class S>
+Bytes stream(bool lstm, int64_t batch, int64_t input_size, int64_t hidden, bool bfloat16_weights, const Pool& pool) {
+  generator.seed(static_cast<unsigned>(batch + hidden));
+  constexpr int64_t kLayers = 3, kSteps = 5;
+  const int64_t gates = (lstm ? int{kLstmGates} : int{kGruGates}) * hidden;
+  const auto x = random<S>(2 * kSteps * batch * input_size);
+  const auto w_ih = random<S>(gates * std::max(input_size, hidden)), w_hh = random<S>(gates * hidden);
+  const auto bias = random<S>(gates);
+  const std::vector<cpu::StreamWeights<S>> layers(kLayers, {w_ih.data(), w_hh.data(), bias.data(), nullptr});
+  auto made = cpu::Stream<S>::make(lstm, {batch, input_size, hidden, kLayers, bfloat16_weights, layers.data()});
+  std::vector<S> output(2 * kSteps * batch * hidden), h(kLayers * batch * hidden);
+  std::vector<Compute<S>> c(h.size());
+  const auto run = [&](int64_t step, int64_t steps) {
+    made->run(x.data() + step * batch * input_size, output.data() + step * batch * hidden, steps, pool.threads,
+              pool.run);
+  };
+  run(0, 1), run(1, 1), run(2, kSteps);
+  made.reset(made->clone());
+  made->reset(batch - 1);
+  run(kSteps + 2, 1);
+  made->read_state(h.data(), c.data());
+  made->write_state(h.data(), c.data());
+  run(kSteps + 3, kSteps - 3);
+  Bytes results;
+  add(results, output), add(results, h), add(results, c);
+  return results;
 }
 
 template <class T>
-Results<T> product(int64_t m, int64_t n, int64_t k, bool transpose_a, bool transpose_b, const Pool& pool) {
+Bytes product(int64_t m, int64_t n, int64_t k, bool transpose_a, bool transpose_b, const Pool& pool) {
   generator.seed(static_cast<unsigned>(m + n + k));
   const auto a = random<T>(m * k), b = random<T>(k * n);
   std::vector<T> c(m * n);
   cpu::gemm(GemmParams<T>{m, n, k, a.data(), transpose_a ? m : k, transpose_a, b.data(), transpose_b ? k : n,
                           transpose_b, c.data(), n, false},
             pool.threads, pool.run);
-  return {c};
+  Bytes results;
+  add(results, c);
+  return results;
 }
 
 template <class Run>
@@ -115,21 +206,33 @@ void same_on_every_pool(const std::string& what, const Run& run) {
     if (run(pool) != expected) throw std::runtime_error(what + ", " + pool.name + ": not the bits of one thread");
 }
 
-template <class T>
-void check_recurrent(bool lstm, const Shape& s, bool reverse, bool optional) {
-  same_on_every_pool((lstm ? "lstm T " : "gru T ") + std::to_string(s.seq_len) + " H " + std::to_string(s.hidden),
-                     [&](const Pool& pool) { return recurrent<T>(lstm, s, reverse, optional, pool); });
-}
-
-template <class T>
-void run_all() {
+template <class S>
+void run_recurrent() {
   // One row and few, many rows, odd sizes, units shared in groups, time and weight gradients in several chunks.
   const Shape shapes[] = {{1, 1, 3, 17},   {1, 6, 40, 24},   {1, 30, 33, 100}, {1, 60, 5, 64},
                           {9, 1, 70, 256}, {5, 0, 3, 4},     {7, 2, 1, 1},     {6, 13, 9, 31},
                           {20, 40, 9, 64}, {4, 24, 16, 272}, {90, 7, 5, 33}};
+  int form = 0;  // in turn: over all shapes each meets every option
   for (const auto& s : shapes)
-    for (int i = 0; i < 8; ++i) check_recurrent<T>(i & 1, s, i & 2, i & 4);
-  if (sizeof(T) == 4) check_recurrent<T>(true, {200, 8, 2, 410}, false, true);
+    for (int i = 0; i < 8; ++i, ++form)
+      same_on_every_pool("T " + std::to_string(s.seq_len) + " H " + std::to_string(s.hidden), [&](const Pool& pool) {
+        return recurrent<S>(i & 1, s, static_cast<Form>(form % 3), i & 2, i & 4, pool);
+      });
+  const int64_t streams[][3] = {{1, 3, 17}, {2, 40, 128}, {9, 5, 33}};
+  for (const auto& [batch, input_size, hidden] : streams)
+    for (int i = 0; i < 4; ++i)
+      same_on_every_pool("stream", [&, b = batch, n = input_size, h = hidden](const Pool& pool) {
+        return stream<S>(i & 1, b, n, h, i & 2, pool);
+      });
+}
+
+template <class T>
+void run_all() {
+  run_recurrent<T>();
+  if (sizeof(T) == 4)
+    same_on_every_pool("T 200", [](const Pool& pool) {
+      return recurrent<T>(true, {200, 8, 2, 410}, Form::kWhole, false, true, pool);
+    });
   const int64_t products[][3] = {{1, 700, 300}, {9, 50, 17},   {33, 65, 700},  {5, 3, 2000}, {256, 100, 1},
                                  {130, 96, 70}, {900, 16, 64}, {64, 48, 2300}, {0, 3, 4},    {3, 4, 0}};
   for (const auto& [m, n, k] : products)
@@ -147,6 +250,7 @@ int main(int argc, char** argv) {
     cpu::set_isa(isa);
     run_all<float>();
     run_all<double>();
+    run_recurrent<BFloat16>();
     std::printf("%s: every kernel ran\n", isa.c_str());
   }
 }

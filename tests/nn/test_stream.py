@@ -1,0 +1,279 @@
+"""Step by step == in chunks == whole, with the state in every form in which it can be kept, set and cleared."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastlm
+from fastlm import _native
+from fastlm.nn import Stream
+from tests.numerics import check
+
+KINDS = ("GRU", "LSTM")
+kinds = pytest.mark.parametrize("kind", KINDS)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fastlm runs the plain reference. Stream"),
+]
+
+
+def make(kind: str, *sizes: int, dtype: torch.dtype = torch.float32, **options) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return getattr(torch.nn, kind)(*sizes, **options).to(dtype)
+
+
+def states_of(module: torch.nn.Module, batch: int) -> Tensor | tuple[Tensor, Tensor]:
+    made = [torch.randn(module.num_layers, batch, module.hidden_size).to(module.weight_hh_l0.dtype) for _ in range(2)]
+    return made[0] if module.mode == "GRU" else tuple(made)
+
+
+def flat(state: Tensor | tuple[Tensor, Tensor]) -> list[Tensor]:
+    return [state] if isinstance(state, Tensor) else list(state)
+
+
+def equal(first, second) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(flat(first), flat(second), strict=True))
+
+
+# (T, B, I, H, L): one unit, odd sizes around vectors, more rows than a tile, sizes that two threads share.
+SHAPES = [
+    (3, 1, 1, 1, 1),
+    (5, 3, 9, 17, 2),
+    (4, 1, 33, 64, 3),
+    (3, 5, 20, 31, 1),
+    (3, 13, 16, 40, 2),
+    (2, 2, 70, 200, 2),
+]
+
+
+@kinds
+@pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "fp64", "bf16"))
+@pytest.mark.parametrize("bias", [True, False], ids=("bias", "no_bias"))
+@torch.no_grad()
+def test_whole_chunked_and_stepped_agree(isa: str, kind: str, dtype: torch.dtype, bias: bool) -> None:
+    for seq_len, batch, input_size, hidden, layers in SHAPES:
+        module = make(kind, input_size, hidden, layers, dtype=dtype, bias=bias)
+        x, initial = torch.randn(seq_len, batch, input_size).to(dtype), states_of(module, batch)
+        as_float64 = tuple(s.double() for s in flat(initial)) if kind == "LSTM" else initial.double()
+        truth, truth_states = copy.deepcopy(module).double()(x.double(), as_float64)
+        same, same_states = copy.deepcopy(module).float()(x.float(), initial.float() if kind == "GRU" else
+                                                          tuple(s.float() for s in initial))  # fmt: skip
+        if dtype == torch.bfloat16:
+            same, same_states = module(x, initial)
+        stream = Stream(module, batch)
+        for way in ("step", "chunk", "mixed"):
+            stream.state = initial
+            if way == "step":
+                got = torch.stack([stream.step(step) for step in x])
+            elif way == "chunk":
+                got = stream.chunk(x)
+            else:
+                got = torch.cat((stream.chunk(x[:1]), stream.step(x[1])[None], stream.chunk(x[2:])))
+            results = [(got, same, truth)]
+            results += zip(flat(stream.state), flat(same_states), flat(truth_states), strict=True)
+            for value, baseline, exact in results:
+                assert value.dtype in (dtype, torch.float32)
+                if dtype == torch.float64:
+                    baseline = exact + (baseline.double() - exact) * 2.0**-29
+                check(way, value.to(dtype), baseline.to(dtype), exact)
+
+
+@kinds
+@torch.no_grad()
+def test_bfloat16_weights_of_a_float32_module(isa: str, kind: str) -> None:
+    for batch in (1, 6):
+        module = make(kind, 9, 33, 2)
+        rounded = copy.deepcopy(module)
+        for name, parameter in rounded.named_parameters():
+            if name.startswith("weight"):
+                parameter.copy_(parameter.bfloat16())
+        x = torch.randn(6, batch, 9)
+        stream = Stream(module, batch, weight_dtype=torch.bfloat16)
+        got = torch.stack([stream.step(step) for step in x])
+        assert got.dtype == torch.float32
+        check("output", got, rounded(x)[0], rounded.double()(x.double())[0])
+
+
+@kinds
+@pytest.mark.skipif(_native.module is None, reason="the promise is the kernels', not torch's")
+@torch.no_grad()
+def test_threads_give_the_same_bits(isa: str, kind: str) -> None:
+    for batch, hidden, layers in ((1, 256, 2), (3, 100, 1), (40, 64, 2)):
+        module = make(kind, 24, hidden, layers)
+        x = torch.randn(20, batch, 24)
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            stream = Stream(module, batch)
+            results.append(
+                (torch.stack([stream.step(step) for step in x[:4]]), stream.chunk(x[4:]), *flat(stream.state))
+            )
+        for result in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@kinds
+@torch.no_grad()
+def test_batch_first_and_empty_chunk(kind: str) -> None:
+    module = make(kind, 4, 5, batch_first=True)
+    stream, x = Stream(module, 3), torch.randn(3, 7, 4)
+    assert stream.chunk(x[:, :0]).shape == (3, 0, 5)
+    assert torch.allclose(stream.chunk(x), module(x)[0], atol=1e-6)
+    assert stream.step(x[:, 0]).shape == (3, 5)
+
+
+@kinds
+@torch.no_grad()
+def test_out_is_filled_and_nothing_is_allocated(kind: str) -> None:
+    stream, x = Stream(make(kind, 16, 32), 2), torch.randn(2, 16)
+    twin, out = stream.clone(), torch.empty(2, 32)
+    assert stream.step(x, out=out) is out
+    assert torch.equal(twin.step(x), out)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        for _ in range(5):
+            stream.step(x, out)
+    assert not profile.key_averages() or sum(e.self_cpu_memory_usage for e in profile.key_averages()) == 0
+    fresh = [stream.step(x) for _ in range(2)]
+    assert fresh[0].data_ptr() != fresh[1].data_ptr()
+
+
+@kinds
+@torch.no_grad()
+def test_inputs_of_any_layout(kind: str) -> None:
+    stream = Stream(make(kind, 4, 5), 3)
+    x = torch.randn(4, 3)
+    assert torch.equal(stream.clone().step(x.mT), stream.clone().step(x.mT.contiguous()))
+    wide = torch.randn(6, 3, 8)
+    assert torch.equal(stream.clone().chunk(wide[..., ::2]), stream.clone().chunk(wide[..., ::2].contiguous()))
+
+
+@kinds
+@torch.no_grad()
+def test_reset_of_rows(kind: str) -> None:
+    module = make(kind, 4, 5, 2)
+    stream = Stream(module, 4)
+    stream.chunk(torch.randn(3, 4, 4))
+    before = stream.state
+    for rows, cleared in ((1, [1]), ([0, 2], [0, 2]), (torch.tensor([True, False, False, True]), [0, 3]),
+                          (torch.tensor([2]), [2]), (None, [0, 1, 2, 3]), ([], [])):  # fmt: skip
+        stream.state = before
+        stream.reset(rows)
+        for old, new in zip(flat(before), flat(stream.state), strict=True):
+            assert not new[:, cleared].any()
+            kept = [row for row in range(4) if row not in cleared]
+            assert torch.equal(new[:, kept], old[:, kept])
+
+
+@kinds
+@torch.no_grad()
+def test_clone_goes_its_own_way(kind: str) -> None:
+    stream, x = Stream(make(kind, 4, 5, 2), 2), torch.randn(6, 2, 4)
+    stream.chunk(x[:3])
+    twin = stream.clone()
+    assert equal(twin.state, stream.state)
+    ahead = stream.chunk(x[3:])
+    assert not equal(twin.state, stream.state)
+    del stream
+    assert torch.equal(twin.chunk(x[3:]), ahead)
+
+
+@kinds
+@torch.no_grad()
+def test_refresh_takes_new_weights_and_keeps_the_state(kind: str) -> None:
+    module = make(kind, 4, 5)
+    stream, x = Stream(module, 2), torch.randn(2, 4)
+    stream.step(x)
+    twin, state = stream.clone(), stream.state
+    for parameter in module.parameters():
+        parameter.mul_(0.5)
+    assert equal(stream.state, state)
+    old = stream.clone().step(x)
+    stream.refresh()
+    assert equal(stream.state, state)
+    new = stream.step(x)
+    assert not torch.equal(old, new)
+    assert torch.equal(twin.step(x), old)  # a clone keeps the weights that it shared
+    expected = module(x[None], state)[0][0]
+    assert torch.allclose(new, expected, atol=1e-6)
+
+
+@torch.no_grad()
+def test_cell_state_stays_in_float32() -> None:
+    stream = Stream(make("LSTM", 4, 5, dtype=torch.bfloat16), 2)
+    stream.step(torch.randn(2, 4).bfloat16())
+    h, c = stream.state
+    assert (h.dtype, c.dtype) == (torch.bfloat16, torch.float32)
+    assert not torch.equal(c, c.bfloat16().float())
+    twin = stream.clone()
+    twin.state = (h, c)
+    assert equal(twin.state, (h, c))
+
+
+@pytest.mark.parametrize("space", [torch.nn, fastlm.nn], ids=("torch", "fastlm"))
+@kinds
+def test_takes_modules_of_both(kind: str, space) -> None:
+    module = getattr(space, kind)(3, 4)
+    stream = Stream(module, 2)
+    assert stream.step(torch.randn(2, 3)).shape == (2, 4)
+    assert repr(stream) == f"Stream({module!r}, batch=2)"
+
+
+def test_misuse_says_what_is_wrong() -> None:
+    module = make("GRU", 4, 5)
+    x = torch.randn(2, 4)
+    for wrong, error, text in (
+        ((torch.nn.RNN(4, 5), 2), TypeError, "module: expected a GRU or LSTM"),
+        ((torch.nn.Linear(4, 5), 2), TypeError, "module: expected a GRU or LSTM"),
+        ((make("GRU", 4, 5, bidirectional=True), 2), ValueError, "module: expected one direction"),
+        ((make("LSTM", 4, 5, proj_size=2), 2), ValueError, "module: expected no projection"),
+        ((module.half(), 2), ValueError, "module: expected weights of one of"),
+        ((module.to("meta"), 2), ValueError, "module: expected"),
+        ((make("GRU", 4, 5), 0), ValueError, "batch: expected a whole number of at least 1, got 0"),
+        ((make("GRU", 4, 5), 1.5), ValueError, "batch: expected a whole number"),
+    ):
+        with pytest.raises(error, match=text):
+            Stream(*wrong)
+    with pytest.raises(
+        ValueError, match=r"weight_dtype: expected None, torch\.float32 or torch\.bfloat16, got torch\.float16"
+    ):
+        Stream(make("GRU", 4, 5), 1, weight_dtype=torch.float16)
+    stream = Stream(make("GRU", 4, 5), 2)
+    for call, error, text in (
+        (lambda: stream.step(x[:1]), ValueError, r"x: expected shape \(B, I\) = \(2, 4\), got \(1, 4\)"),
+        (lambda: stream.step(x.double()), ValueError, "x: expected dtype torch.float32"),
+        (lambda: stream.step(x.to("meta")), ValueError, "x: expected a CPU tensor"),
+        (lambda: stream.step(x.clone().requires_grad_()), RuntimeError, "gives no gradients"),
+        (lambda: stream.chunk(x), ValueError, r"x: expected shape \(T, B, I\)"),
+        (lambda: stream.chunk(x[None].clone().requires_grad_()), RuntimeError, "gives no gradients"),
+        (lambda: stream.step(x, out=torch.empty(2, 4)), ValueError, r"out: expected shape \(B, H\) = \(2, 5\)"),
+        (lambda: stream.step(x, out=torch.empty(2, 5).double()), ValueError, "out: expected dtype"),
+        (lambda: stream.step(x, out=torch.empty(5, 2).mT), ValueError, "out: expected a dense"),
+        (lambda: stream.reset(2), IndexError, "rows: expected 0 to 1"),
+        (lambda: stream.reset([0, -1]), IndexError, "got -1"),
+        (lambda: stream.reset(torch.ones(3, dtype=torch.bool)), ValueError, "rows: expected shape"),
+        (lambda: setattr(stream, "state", x), ValueError, r"state: h: expected shape \(L, B, H\) = \(1, 2, 5\)"),
+        (lambda: setattr(stream, "state", 3), TypeError, "state: expected h to be a Tensor, got int"),
+        (lambda: setattr(Stream(make("LSTM", 4, 5), 2), "state", x), TypeError, "state: expected a pair"),
+        (lambda: pickle.dumps(stream), TypeError, "cannot be pickled"),
+    ):
+        with pytest.raises(error, match=text):
+            call()
+    with torch.no_grad():
+        stream.step(x.clone().requires_grad_())
+
+
+@pytest.mark.usefixtures("two_threads")
+@torch.no_grad()
+def test_streams_in_many_threads() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    module, x = make("LSTM", 24, 128, 2), torch.randn(10, 1, 24)
+    expected = Stream(module, 1).chunk(x)
+    streams = [Stream(module, 1) for _ in range(6)]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda stream: torch.stack([stream.step(step) for step in x]), streams))
+    assert all(torch.allclose(each, expected, atol=1e-6) for each in got)
