@@ -3,7 +3,7 @@
 No test compares floating-point results in any other way, save where it asks for equality to the bit.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fastlm
+from fastlm import _native
 from fastlm.ops import reference
 
 # How much worse than torch's own rounding error a result may be, and the units of rounding granted on top, since torch
@@ -300,15 +301,36 @@ def check_recurrent(
     wanted: Iterable[str] | None = None,
     arriving: Iterable[str] | Callable[[Outputs], Outputs] = incoming,
 ) -> None:
-    """Checks the public op, forward and gradients, against torch in the same dtype and in float64."""
+    """Checks the public op, forward and gradients, on every ISA, against torch in the same dtype and in float64."""
 
     def results(run: Runner, dtype: torch.dtype) -> Outputs:
         return forward_backward(run, case.to(dtype), wanted=wanted, arriving=arriving)
 
     dtype = case.x.dtype
     truth = results(run_torch, torch.float64)
-    same = scaled_to_float64(results(run_torch, torch.float32), truth) if dtype == torch.float64 else None
-    check_all(results(run_fastlm, dtype), same or results(run_torch, dtype), truth)
+    if dtype == torch.float64:
+        same = scaled_to_float64(results(run_torch, torch.float32), truth)
+    else:
+        same = results(run_torch, dtype)
+    for isa in each_isa():
+        try:
+            check_all(results(run_fastlm, dtype), same, truth)
+        except AssertionError as error:
+            raise AssertionError(f"{isa}: {error}") from error
+
+
+def each_isa() -> Iterator[str]:
+    """The instruction sets usable here, each in use while it is given out ("pure" without the extension)."""
+    if _native.module is None:
+        yield "pure"
+        return
+    previous = _native.module.cpu_isa()
+    try:
+        for isa in _native.module.cpu_isas():
+            _native.module.set_cpu_isa(isa)
+            yield isa
+    finally:
+        _native.module.set_cpu_isa(previous)
 
 
 def scaled_to_float64(in_float32: Outputs, truth: Outputs) -> Outputs:

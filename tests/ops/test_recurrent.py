@@ -43,7 +43,7 @@ def shape_id(shape: tuple[int, ...]) -> str:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "fp64"))
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_shapes(isa: str, kind: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_shapes(kind: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     index = SHAPES.index(shape)
     options = {"bias": BIASES[index % 4], "state": STATES[index % 3], "reverse": index % 2 == 1}
     seq_len, batch, *sizes = shape
@@ -57,7 +57,7 @@ def test_shapes(isa: str, kind: str, dtype: torch.dtype, shape: tuple[int, ...])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("hidden_size", SIZES)
 @pytest.mark.parametrize("batch", SIZES)
-def test_shapes_full(isa: str, kind: str, batch: int, hidden_size: int) -> None:
+def test_shapes_full(kind: str, batch: int, hidden_size: int) -> None:
     for seq_len, input_size, dtype in product((1, 2, 9), (1, 8, 33), DTYPES):
         check_recurrent(make_recurrent(kind, seq_len, batch, input_size, hidden_size, dtype=dtype))
 
@@ -67,7 +67,7 @@ def test_shapes_full(isa: str, kind: str, batch: int, hidden_size: int) -> None:
 )
 @pytest.mark.parametrize("reverse", [False, True], ids=("ahead", "reverse"))
 @pytest.mark.parametrize("bias", BIASES, ids=lambda bias: f"bias_{bias}")
-def test_options(isa: str, kind: str, state: str, bias: str, reverse: bool) -> None:
+def test_options(kind: str, state: str, bias: str, reverse: bool) -> None:
     for shape in ((4, 3, 5, 17), (1, 9, 5, 8)):
         check_recurrent(make_recurrent(kind, *shape, bias=bias, state=state, reverse=reverse))
 
@@ -98,7 +98,7 @@ ARRIVING = {
     [(kind, a) for kind, a in product(KINDS, ARRIVING) if kind == "lstm" or a not in ("c_n", "states")],
     ids="-".join,
 )
-def test_gradients_arrive_at(isa: str, kind: str, arriving: str, reverse: bool) -> None:
+def test_gradients_arrive_at(kind: str, arriving: str, reverse: bool) -> None:
     check_recurrent(make_recurrent(kind, 5, 6, 7, 18, reverse=reverse), arriving=ARRIVING[arriving])
 
 
@@ -155,7 +155,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(isa: str, kind: str, layout: str) -> None:
+def test_layouts(kind: str, layout: str) -> None:
     case = make_recurrent(kind, 5, 9, 8, 17)
     check_recurrent(case.map(lambda _, tensor: LAYOUTS[layout](tensor)))
 

@@ -35,7 +35,7 @@ def spoil(case: Recurrent, name: str, value: float) -> Recurrent:
 @pytest.mark.parametrize(
     ("kind", "name"), [(kind, name) for kind in KINDS for name in make_recurrent(kind, 1, 1, 1, 1).tensors()]
 )
-def test_one_value_that_is_not_finite(isa: str, kind: str, name: str, value: float) -> None:
+def test_one_value_that_is_not_finite(kind: str, name: str, value: float) -> None:
     for shape, reverse in (((4, 5, 7, 9), False), ((3, 9, 8, 17), True)):
         check_recurrent(spoil(make_recurrent(kind, *shape, reverse=reverse), name, value))
 
@@ -43,7 +43,7 @@ def test_one_value_that_is_not_finite(isa: str, kind: str, name: str, value: flo
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=("fp32", "fp64"))
 @pytest.mark.parametrize(("name", "exponent"), [("x", 10), ("x", 14), ("b_ih", 10), ("b_ih", 100), ("h0", 10)])
-def test_saturated_gates(isa: str, kind: str, dtype: torch.dtype, name: str, exponent: int) -> None:
+def test_saturated_gates(kind: str, dtype: torch.dtype, name: str, exponent: int) -> None:
     """In multiples of 1/4 the large products are exact, so a gate is saturated or untouched, whoever adds up."""
     case = make_recurrent(kind, 1 if name == "h0" else 4, 3, 6, 18, dtype=dtype)
     case = case.map(lambda _, tensor: (4 * tensor).round() / 4)
@@ -52,7 +52,7 @@ def test_saturated_gates(isa: str, kind: str, dtype: torch.dtype, name: str, exp
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "end"), [(torch.float32, 115.0), (torch.float64, 760.0)], ids=("fp32", "fp64"))
-def test_gates_over_the_whole_range_of_exp(isa: str, kind: str, dtype: torch.dtype, end: float) -> None:
+def test_gates_over_the_whole_range_of_exp(kind: str, dtype: torch.dtype, end: float) -> None:
     """Every gate's pre-activation is x itself, which runs through the last normal, denormal and infinite exp."""
     case = make_recurrent(kind, 80, 50, 1, 2, dtype=dtype, bias="none")
     inputs = {
@@ -66,21 +66,21 @@ def test_gates_over_the_whole_range_of_exp(isa: str, kind: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("size", [1e3, 1e30])
-def test_large_cell_states(isa: str, size: float) -> None:
+def test_large_cell_states(size: float) -> None:
     case = make_recurrent("lstm", 4, 3, 5, 9)
     check_recurrent(case.map(lambda name, tensor: tensor * size if name == "c0" else tensor))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sign", [1, -1])
-def test_every_gate_at_infinity(isa: str, kind: str, sign: int) -> None:
+def test_every_gate_at_infinity(kind: str, sign: int) -> None:
     case = make_recurrent(kind, 3, 2, 4, 9)
     check_recurrent(case.map(lambda name, t: torch.full_like(t, sign * float("inf")) if name == "b_ih" else t))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=("fp32", "fp64"))
-def test_denormals(isa: str, kind: str, dtype: torch.dtype) -> None:
+def test_denormals(kind: str, dtype: torch.dtype) -> None:
     tiny = torch.finfo(dtype).tiny / 64
     case = make_recurrent(kind, 4, 3, 5, 9, dtype=dtype, bias="none")
     check_recurrent(case.map(lambda name, tensor: tensor * tiny if name in ("x", "h0", "c0") else tensor))
@@ -88,7 +88,7 @@ def test_denormals(isa: str, kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_huge_and_tiny_gradients(isa: str, kind: str) -> None:
+def test_huge_and_tiny_gradients(kind: str) -> None:
     case = make_recurrent(kind, 5, 3, 5, 9)
     for size in (1e30, 1e-30):
         check_recurrent(

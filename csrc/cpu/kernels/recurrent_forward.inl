@@ -259,6 +259,7 @@ class ForwardPass {
 
   void recurrent_block(const Chunk& chunk, int64_t step, int64_t block) {
     const auto range = active(step);
+    if (range.begin == range.end) return;
     const StepView rows(*this, chunk, step, block);
     const T* h = buffers_.h[step % 2] + range.begin * stride_;
     fetch_results(rows, range, units_of(block));
