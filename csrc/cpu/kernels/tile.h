@@ -73,7 +73,7 @@ __attribute__((noinline)) void tile_product(const TileParams<T, P>& p) {
       panel += p.panel_stride;
     else if (k % 2)
       panel += 2 * kCols<T>;
-    else
+    else if (R > 3)
       __asm__("" : "+r"(panel));  // the pairs are loaded again: kept, they would push sums out of registers
     for (int r = 0; r < R; ++r) {
       const V value = V::broadcast(kPacked ? rows[0][k * kTileRows + r] : rows[r][k]);
