@@ -53,7 +53,7 @@ def _table(title: str, groups: Groups) -> list[str]:
 
 def _conditions(groups: Groups) -> list[str]:
     every = [row for group in groups.values() for row in group.values()]
-    versions = sorted({row.provider_version for row in every if not row.provider.startswith("fastlm")})
+    versions = sorted({row.provider_version for row in every if not row.provider_version.startswith("fastlm")})
     runs = {
         f"{row.date[:10]}: {row.cpu}, threads {row.threads}, float32 (_bf16: bfloat16), "
         f"instruction set {row.isa or 'none'}, "
