@@ -44,12 +44,15 @@ Sequences Sequences::packed(const int64_t* batch_sizes, int64_t steps, int64_t r
   const auto got = [&](int64_t t) {
     return ", got " + std::to_string(batch_sizes[t]) + " at index " + std::to_string(t);
   };
-  int64_t sum = 0;
   for (int64_t t = 0; t < steps; ++t) {
     if (batch_sizes[t] < 1) fail("batch_sizes: expected positive numbers" + got(t));
     if (t > 0 && batch_sizes[t] > batch_sizes[t - 1]) fail("batch_sizes: expected numbers that never grow" + got(t));
-    sum += batch_sizes[t];
   }
+  int64_t sum = 0;
+  for (int64_t t = 0; t < steps; sum += batch_sizes[t++])
+    if (batch_sizes[t] > rows - sum)  // asked before it is added: the sum of huge numbers could come round to `rows`
+      fail("batch_sizes: expected a sum of " + std::to_string(rows) + " (the rows of x), got more from index " +
+           std::to_string(t) + " on");
   if (sum != rows)
     fail("batch_sizes: expected a sum of " + std::to_string(rows) + " (the rows of x), got " + std::to_string(sum));
   std::vector<int64_t> lengths(steps > 0 ? batch_sizes[0] : 0);

@@ -35,7 +35,8 @@ class Recurrent(TorchTwin, torch.nn.RNNBase):
     locked_dropout: bool = False
 
     def _set_options(self, weight_dropout: float, locked_dropout: bool) -> None:
-        if isinstance(weight_dropout, bool) or not 0 <= weight_dropout <= 1:
+        number = isinstance(weight_dropout, int | float) and not isinstance(weight_dropout, bool)
+        if not number or not 0 <= weight_dropout <= 1:
             raise ValueError(f"weight_dropout: expected a number from 0 to 1, got {weight_dropout!r}")
         self.weight_dropout, self.locked_dropout = weight_dropout, locked_dropout
 
@@ -49,11 +50,11 @@ class Recurrent(TorchTwin, torch.nn.RNNBase):
         every: bool,
     ) -> Run:
         """One layer and direction over time-major x (T, B, I) or packed rows; states and finals (B, *)."""
-        raise NotImplementedError
+        raise NotImplementedError  # GRU and LSTM say it
 
     def _state_rank_text(self, rank: int, states: States) -> str:
         """The error text where states do not have the rank of the input."""
-        raise NotImplementedError
+        raise NotImplementedError  # GRU and LSTM say it
 
     def _run(self, input: Any, states: States | None, lengths: Any, reset_mask: Any, every: bool) -> Run:
         """Runs the whole module: states and finals (L * D, B, *), one tensor per kind of state."""
@@ -174,7 +175,7 @@ class Recurrent(TorchTwin, torch.nn.RNNBase):
 
     def _state_widths(self) -> tuple[int, ...]:
         """The size of each kind of state."""
-        raise NotImplementedError
+        raise NotImplementedError  # GRU and LSTM say it
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:

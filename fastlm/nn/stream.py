@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm import _backend, _native, ops
+from fastlm import _backend, _native, _trace, ops
 from fastlm.nn._twin import read_weights
 from fastlm.ops import _common
 
@@ -70,11 +70,22 @@ class Stream:
             ValueError: wrong shape, dtype or device, or an `out` that is not dense (it names the argument).
             RuntimeError: x requires a gradient while gradients are recorded.
         """
-        if x.shape != self._step_shape or x.dtype is not self._dtype or x.requires_grad or not x.is_cpu:
+        if (
+            not isinstance(x, Tensor)
+            or x.shape != self._step_shape
+            or x.dtype is not self._dtype
+            or x.requires_grad
+            or not x.is_cpu
+        ):
             self._check_input(x, self._step_shape, "(B, I)")
         if out is None:
             out = torch.empty(self._out_shape, dtype=self._dtype)
-        elif out.shape != self._out_shape or out.dtype is not self._dtype or not (out.is_cpu and out.is_contiguous()):
+        elif (
+            not isinstance(out, Tensor)
+            or out.shape != self._out_shape
+            or out.dtype is not self._dtype
+            or not (out.is_cpu and out.is_contiguous())
+        ):
             self._check_out(out)
         self._engine.run(x if x.is_contiguous() else x.contiguous(), out, 1)
         return out
@@ -99,6 +110,7 @@ class Stream:
         """Sets states to zero: all, or those of some rows of the batch (numbers, or a bool mask (B,)).
 
         Raises:
+            TypeError: rows are no whole numbers.
             IndexError: a row is not 0 to B - 1.
         """
         if isinstance(rows, Tensor):
@@ -106,8 +118,12 @@ class Stream:
                 _common.check_shape("rows", rows, (self._batch,), "(B,)")
                 rows = rows.nonzero().flatten()
             rows = rows.tolist()
-        numbers = range(self._batch) if rows is None else [rows] if isinstance(rows, int) else list(rows)
+        if rows is None:
+            rows = range(self._batch)
+        numbers = list(rows) if isinstance(rows, Iterable) else [rows]
         for row in numbers:
+            if isinstance(row, bool) or not isinstance(row, int):
+                raise TypeError(f"rows: expected whole numbers or a bool mask (B,), got {row!r}")
             if not 0 <= row < self._batch:
                 raise IndexError(f"rows: expected 0 to {self._batch - 1} (B - 1), got {row}")
         for row in numbers:
@@ -224,6 +240,8 @@ class _Kernels:
         self._run = self._stream.run
 
     def run(self, x: Tensor, out: Tensor, steps: int) -> None:
+        if _trace.calls is not None:
+            _trace.record("stream", None)
         self._run(x.data_ptr(), out.data_ptr(), steps)
 
     def read_state(self, h: Tensor, c: Tensor | None) -> None:

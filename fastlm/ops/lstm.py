@@ -1,7 +1,7 @@
 """LSTM operators: public functions, shape (fake) functions and autograd."""
 
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +14,8 @@ _backward = torch.ops.fastlm.lstm_backward.default
 _forward_plain = partial(_common.call, _forward, False)
 
 State = tuple[Tensor | None, Tensor | None]
-Result = tuple[Tensor, tuple[Tensor, Tensor]]
-ResultWithCells = tuple[Tensor, tuple[Tensor, Tensor], Tensor]
-Integers = Tensor | list[int] | None
 
 
-@overload
 def lstm(
     x: Tensor,
     state: State,
@@ -29,59 +25,12 @@ def lstm(
     b_hh: Tensor | None = None,
     w_hr: Tensor | None = None,
     *,
-    lengths: Integers = None,
-    batch_sizes: Integers = None,
-    reset_mask: Tensor | None = None,
-    reverse: bool = False,
-    return_all_states: Literal[False] = False,
-) -> Result: ...
-@overload
-def lstm(
-    x: Tensor,
-    state: State,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-    w_hr: Tensor | None = None,
-    *,
-    lengths: Integers = None,
-    batch_sizes: Integers = None,
-    reset_mask: Tensor | None = None,
-    reverse: bool = False,
-    return_all_states: Literal[True],
-) -> ResultWithCells: ...
-@overload
-def lstm(
-    x: Tensor,
-    state: State,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-    w_hr: Tensor | None = None,
-    *,
-    lengths: Integers = None,
-    batch_sizes: Integers = None,
-    reset_mask: Tensor | None = None,
-    reverse: bool = False,
-    return_all_states: bool,
-) -> Result | ResultWithCells: ...
-def lstm(
-    x: Tensor,
-    state: State,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-    w_hr: Tensor | None = None,
-    *,
-    lengths: Integers = None,
-    batch_sizes: Integers = None,
+    lengths: Tensor | list[int] | None = None,
+    batch_sizes: Tensor | list[int] | None = None,
     reset_mask: Tensor | None = None,
     reverse: bool = False,
     return_all_states: bool = False,
-) -> Result | ResultWithCells:
+) -> tuple[Any, ...]:
     """One LSTM layer and direction over a whole sequence (Hochreiter and Schmidhuber 1997; torch.nn.LSTM equations).
 
     Args:

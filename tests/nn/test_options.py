@@ -191,7 +191,7 @@ def test_options_by_attribute_and_their_limits() -> None:
             call()
     module.weight_dropout = 0.0
     assert type(fastlm.restore(model)[0]) is torch.nn.LSTM
-    for wrong in (-0.1, 1.5, True):
+    for wrong in (-0.1, 1.5, True, "0.5", None):
         with pytest.raises(ValueError, match="weight_dropout: expected a number from 0 to 1"):
             fastlm.nn.GRU(3, 4, weight_dropout=wrong)
 

@@ -222,6 +222,13 @@ def test_takes_modules_of_both(kind: str, space) -> None:
     assert repr(stream) == f"Stream({module!r}, batch=2)"
 
 
+@pytest.mark.skipif(_native.module is None, reason="there the operations below say it")
+def test_explain_sees_a_stream() -> None:
+    report = fastlm.explain(Stream(make("GRU", 4, 5), 2).step, torch.randn(2, 4))
+    assert report["backend"] == "cpu"
+    assert report["kernel"].startswith("stream (")
+
+
 def test_misuse_says_what_is_wrong() -> None:
     module = make("GRU", 4, 5)
     x = torch.randn(2, 4)
@@ -254,6 +261,11 @@ def test_misuse_says_what_is_wrong() -> None:
         (lambda: stream.step(x, out=torch.empty(5, 2).mT), ValueError, "out: expected a dense"),
         (lambda: stream.reset(2), IndexError, "rows: expected 0 to 1"),
         (lambda: stream.reset([0, -1]), IndexError, "got -1"),
+        (lambda: stream.reset(1.5), TypeError, "rows: expected whole numbers"),
+        (lambda: stream.reset(True), TypeError, "rows: expected whole numbers"),
+        (lambda: stream.reset("a"), TypeError, "rows: expected whole numbers"),
+        (lambda: stream.step(None), TypeError, "x: expected a Tensor, got NoneType"),
+        (lambda: stream.step(x, out=[1.0]), TypeError, "out: expected a Tensor, got list"),
         (lambda: stream.reset(torch.ones(3, dtype=torch.bool)), ValueError, "rows: expected shape"),
         (lambda: setattr(stream, "state", x), ValueError, r"state: h: expected shape \(L, B, H\) = \(1, 2, 5\)"),
         (lambda: setattr(stream, "state", 3), TypeError, "state: expected h to be a Tensor, got int"),

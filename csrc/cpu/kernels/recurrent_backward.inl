@@ -63,7 +63,6 @@ struct BackwardBuffers {
     buffers.grad_b_hh = sums(p.grad_b_hh, gates);
     return buffers;
   }
-  static bool copies_input(const RecurrentBackwardParams<S>& p) { return kWidens<S> || !StepRows(p).in_place(); }
   static int64_t edges_size(const RecurrentBackwardParams<S>& p) {
     return (copies_input(p) ? panels_for<T>(p.input_size) : 1) * kBlockRows * kCols<T>;
   }
@@ -117,12 +116,8 @@ class BackwardPass {
   using Blocks = Team::Range;  // blocks of hidden units
 
   T* d_gates(int64_t chunk_row) const { return buffers_.d_gates + chunk_row * gates_stride_; }
-  // A step's first row, counted over all, and which of this member's sequences it works on.
-  int64_t row_of(int64_t step) const { return rows_.first(rows_.time(step)); }
-  Team::Range active(int64_t step) const {
-    const int64_t count = rows_.at(rows_.time(step));
-    return {std::min(own_.begin, count), std::min(own_.end, count)};
-  }
+  int64_t row_of(int64_t step) const { return rows_.first(rows_.time(step)); }  // a step's first, counted over all
+  Team::Range active(int64_t step) const { return rows_.active(step, own_); }
 
   // A piece of weights (G*H, width): rows from k on, columns of one panel.
   struct Piece {
@@ -291,7 +286,7 @@ class BackwardPass {
                     static_cast<const T*>(nullptr), accumulators(rows_.all()),
                     weights.data + (plan_.direct ? 0 : Cell::kGates * p_.hidden * kCols<T>));
     };
-    const bool aside = BackwardBuffers<S>::copies_input(p_);
+    const bool aside = copies_input(p_);
     if constexpr (!kWidens<S>)
       if (!aside && cols == kCols<T>)
         return sum_in(p_.grad_x + (base + rows.begin) * p_.input_size + col, p_.input_size);

@@ -66,7 +66,6 @@ struct ForwardBuffers {
   static int64_t late_size(const RecurrentForwardParams<S>& p) {
     return panel_depth<P>(std::max(p.input_size, p.hidden)) * kCols<T>;
   }
-  static bool copies_input(const RecurrentForwardParams<S>& p) { return kWidens<S> || !StepRows(p).in_place(); }
 };
 
 template <class S, class P, class Cell>
@@ -152,11 +151,7 @@ class ForwardPass {
   }
   const T* bias(int64_t block, int slot) const { return buffers_.bias + block * sizes_.slots_width + slot * kCols<T>; }
   int64_t units_of(int64_t block) const { return std::min(kCols<T>, p_.hidden - block * kCols<T>); }
-  // Which of this member's sequences a step works on.
-  Team::Range active(int64_t step) const {
-    const int64_t count = rows_.at(rows_.time(step));
-    return {std::min(own_.begin, count), std::min(own_.end, count)};
-  }
+  Team::Range active(int64_t step) const { return rows_.active(step, own_); }
 
   template <class Body>
   void for_blocks(bool backwards, const Body& body) {

@@ -75,6 +75,11 @@ class StepRows {
     return resets_ && i < at(boundary) && resets_[boundary * batch_ + sequence(i)];
   }
 
+  // Which of a member's own sequences have this step.
+  Team::Range active(int64_t step, Team::Range own) const {
+    const int64_t count = at(time(step));
+    return {std::min(own.begin, count), std::min(own.end, count)};
+  }
   // A member's share of the sequences: as many rows as the others have.
   Team::Range split(const Team& team) const {
     if (!ragged_) return team.split(batch_);
@@ -129,8 +134,14 @@ struct BackwardRow {
   int64_t hidden;
 };
 
-// Values of rows that must lie packed and in the type of the arithmetic: copied where the tensor's own rows do not.
+// Whether tensors hold something else than what the arithmetic is done in.
 template <class S>
 constexpr bool kWidens = !std::is_same_v<S, Compute<S>>;
+
+// Whether rows of x are copied before use: they must lie packed, in the type of the arithmetic.
+template <class Params>
+bool copies_input(const Params& p) {
+  return !std::is_same_v<decltype(p.x), const typename Params::T*> || !StepRows(p).in_place();
+}
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE
