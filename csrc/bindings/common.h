@@ -13,6 +13,7 @@
 #include <string>
 #include <tuple>
 
+#include "core/dtype.h"
 #include "cpu/team.h"
 
 namespace fastlm::bindings {
@@ -33,17 +34,17 @@ inline void check(bool holds, const char* message) {
   if (!holds) fail(message);
 }
 
-// The sizes of a tensor of at most three dimensions.
+// The sizes of a tensor of at most four dimensions.
 struct Shape {
-  int64_t sizes[3], count = 0;
+  int64_t sizes[4], count = 0;
   Shape(std::initializer_list<int64_t> given) {
     for (const int64_t size : given) sizes[count++] = size;
   }
 };
 
-// The dense form of an input, checked against what the kernel will read. It keeps a
-// wrong call from reading past the end; fastlm/ops then says it again by the argument's name.
-inline Tensor dense(const Tensor& tensor, const char* name, const Shape& shape, ScalarType dtype) {
+// An input is checked against what the kernel will read. It keeps a wrong call from reading past the end; fastlm/ops
+// then says it again by the argument's name.
+inline void check(const Tensor& tensor, const char* name, const Shape& shape, ScalarType dtype) {
   const auto named = [&](const char* text) { return name + std::string(": ") + text; };
   if (tensor.dim() != shape.count) fail(named("wrong number of dimensions"));
   for (int64_t i = 0; i < shape.count; ++i)
@@ -52,6 +53,11 @@ inline Tensor dense(const Tensor& tensor, const char* name, const Shape& shape, 
            std::to_string(tensor.size(i)));
   if (tensor.scalar_type() != dtype) fail(named("wrong dtype"));
   if (!tensor.is_cpu()) fail(named("expected a CPU tensor"));
+}
+
+// The dense form of an input, checked.
+inline Tensor dense(const Tensor& tensor, const char* name, const Shape& shape, ScalarType dtype) {
+  check(tensor, name, shape, dtype);
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
@@ -71,9 +77,7 @@ T* write(const OptionalTensor& tensor) {
 }
 
 // Straight to torch's allocator: a small call would feel the dispatcher's microseconds.
-inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
-  int64_t strides[3], stride = 1;
-  for (int64_t i = shape.count; i-- > 0; stride *= std::max<int64_t>(shape.sizes[i], 1)) strides[i] = stride;
+inline Tensor empty_strided(const Tensor& like, const Shape& shape, const int64_t* strides, ScalarType dtype) {
   int32_t device_type = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
@@ -81,6 +85,11 @@ inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
       shape.count, shape.sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       device_type, 0, &handle));
   return Tensor(handle);
+}
+inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
+  int64_t strides[4], stride = 1;
+  for (int64_t i = shape.count; i-- > 0; stride *= std::max<int64_t>(shape.sizes[i], 1)) strides[i] = stride;
+  return empty_strided(like, shape, strides, dtype);
 }
 inline Tensor empty(const Tensor& like, const Shape& shape) { return empty(like, shape, like.scalar_type()); }
 
@@ -101,6 +110,16 @@ void dispatch(ScalarType dtype, const char* op, const Run& run) {
   if (dtype == ScalarType::Float) return run(float());
   if (dtype == ScalarType::Double) return run(double());
   fail(std::string(op) + ": expected float32 or float64");
+}
+
+// The element type of the arithmetic on tensors of `dtype`.
+inline ScalarType compute_type(ScalarType dtype) { return dtype == ScalarType::BFloat16 ? ScalarType::Float : dtype; }
+
+// dispatch() with bfloat16 as a third.
+template <class Run>
+void dispatch_with_bfloat16(ScalarType dtype, const char* op, const Run& run) {
+  if (dtype == ScalarType::BFloat16) return run(BFloat16());
+  dispatch(dtype, op, run);
 }
 
 }  // namespace fastlm::bindings

@@ -20,8 +20,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
   const Tensor output = empty(x, call.rows(call.hidden));
   const auto cells = empty_if(all_cells, x, call.rows(call.hidden));
   const Tensor h_n = empty(x, call.states()), c_n = empty(x, call.states());
-  const auto reserve = empty_if(save, x, call.rows(kLstmReserve * call.hidden), call.compute_dtype());
-  dispatch_recurrent(call.dtype, "lstm_forward", [&](auto zero) {
+  const auto reserve = empty_if(save, x, call.rows(kLstmReserve * call.hidden), compute_type(call.dtype));
+  dispatch_with_bfloat16(call.dtype, "lstm_forward", [&](auto zero) {
     using S = decltype(zero);
     RecurrentForwardParams<S> p{};
     call.fill(p);
@@ -48,14 +48,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
   const Tensor x = dense(x_in, "x", call.rows(call.input_size), call.dtype);
   const Tensor w_ih = dense(w_ih_in, "w_ih", {call.gates, call.input_size}, call.dtype);
   const Tensor w_hh = dense(w_hh_in, "w_hh", {call.gates, call.hidden}, call.dtype);
-  const Tensor reserve = dense(reserve_in, "reserve", call.rows(kLstmReserve * call.hidden), call.compute_dtype());
+  const Tensor reserve = dense(reserve_in, "reserve", call.rows(kLstmReserve * call.hidden), compute_type(call.dtype));
   const auto grad_x = empty_if(need_x, x, call.rows(call.input_size));
   const auto grad_h0 = empty_if(state.has_value(), x, call.states());
   const auto grad_c0 = empty_if(state.has_value(), x, call.states());
   const auto grad_w_ih = empty_if(need_weights, x, {call.gates, call.input_size});
   const auto grad_w_hh = empty_if(need_weights, x, {call.gates, call.hidden});
   const auto grad_bias = empty_if(need_bias, x, {call.gates});
-  dispatch_recurrent(call.dtype, "lstm_backward", [&](auto zero) {
+  dispatch_with_bfloat16(call.dtype, "lstm_backward", [&](auto zero) {
     using S = decltype(zero);
     RecurrentBackwardParams<S> p{};
     call.fill(p);

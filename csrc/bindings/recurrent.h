@@ -30,8 +30,6 @@ class RecurrentCall {
   // The shape of one row of `width` per step and sequence.
   Shape rows(int64_t width) const { return packed_ ? Shape{rows_, width} : Shape{seq_len, batch, width}; }
   Shape states() const { return {batch, hidden}; }
-  // The element type of what is kept between forward and backward.
-  ScalarType compute_dtype() const { return dtype == ScalarType::BFloat16 ? ScalarType::Float : dtype; }
 
   template <class Params>
   void fill(Params& p) const {
@@ -69,12 +67,5 @@ class RecurrentCall {
   Ragged ragged_{};
   OptionalTensor resets_;
 };
-
-// dispatch() for the element types of recurrent layers.
-template <class Run>
-void dispatch_recurrent(ScalarType dtype, const char* op, const Run& run) {
-  if (dtype == ScalarType::BFloat16) return run(BFloat16());
-  dispatch(dtype, op, run);
-}
 
 }  // namespace fastlm::bindings

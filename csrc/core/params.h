@@ -81,4 +81,56 @@ struct RecurrentBackwardParams {
   S* grad_b_hh;  // (G*H); GRU only, an LSTM's two biases share grad_b_ih
 };
 
+// Where the rows of a tensor (B, H, T, D) lie: strides in elements, D contiguous. Packed sequences (rows, H, D) have
+// batch = 0 and begin where AttentionParams says.
+template <class P>
+struct Heads {
+  P* data;
+  int64_t batch, head, time;
+};
+
+// A mask that broadcasts against (B, Hq, Tq, Tk); strides in elements, 0 along broadcast dimensions.
+template <class P>
+struct AttentionMask {
+  P* data;  // or null
+  int64_t batch, head, query, key;
+};
+
+// What forward and backward share. Query i of sequence b stands at p = i, or i + Tk - Tq (lower_right), and sees the
+// keys p - left <= j <= p + right, all of that side for a negative number. A score is
+//   softcap tanh(scale q k / softcap) - slope |p - j| + bias,
+// and its weight is dropped with probability `dropout`, by a generator over (seed, place of the row in lse, key).
+template <class S>
+struct AttentionParams {
+  using T = Compute<S>;
+  int64_t batch, q_heads, kv_heads, q_len, k_len, dim, v_dim;  // lengths: of the longest, for packed sequences
+  const int64_t* q_starts;                                     // (B + 1) or null: not packed
+  const int64_t* k_starts;                                     // (B + 1), with q_starts
+  const int64_t* kv_lengths;                                   // (B) or null: keys past these play no part
+  Heads<const S> q, k, v;
+  AttentionMask<const bool> keep;  // False: masked
+  AttentionMask<const S> bias;     // float mask
+  AttentionMask<const T> slopes;   // ALiBi, (B, Hq): batch and head strides alone
+  T scale, softcap;                // softcap 0: none
+  bool lower_right;
+  int64_t left, right;
+  double dropout;
+  int64_t seed;
+};
+
+template <class S>
+struct AttentionForwardParams : AttentionParams<S> {
+  Heads<S> output;
+  Heads<Compute<S>> lse;  // (B, Hq, Tq): natural logarithm, -inf where a row sees nothing; time stride 1
+};
+
+template <class S>
+struct AttentionBackwardParams : AttentionParams<S> {
+  using T = Compute<S>;
+  Heads<const S> grad_output, output;
+  Heads<const T> lse, grad_lse;  // grad_lse.data may be null: zeros
+  Heads<S> grad_q, grad_k, grad_v;
+  AttentionMask<T> grad_bias;  // or null: not needed; zeros beforehand, summed over what the bias broadcasts along
+};
+
 }  // namespace fastlm

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/params.h"
+#include "cpu/attention.h"
 #include "cpu/recurrent.h"
 #include "cpu/stream.h"
 #include "cpu/team.h"
@@ -25,6 +26,12 @@ struct RecurrentKernels {
   Stream<S>* (*stream)(const StreamParams<S>&);  // the caller's to delete
 };
 
+template <class S>
+struct AttentionKernels {
+  void (*forward)(const AttentionForwardParams<S>&, const AttentionPlan&, ParallelFor);
+  void (*backward)(const AttentionBackwardParams<S>&, const AttentionPlan&, ParallelFor);
+};
+
 // For accuracy sweeps: y[i] = f(x[i]).
 template <class T>
 struct MathKernels {
@@ -38,11 +45,13 @@ template <class T>
 struct Kernels {
   const GemmKernels<T>* gemm;
   const RecurrentKernels<T>*gru, *lstm;
+  const AttentionKernels<T>* attention;
   const MathKernels<T>* math;
 };
 template <>
 struct Kernels<BFloat16> {
   const RecurrentKernels<BFloat16>*gru, *lstm;
+  const AttentionKernels<BFloat16>* attention;
 };
 
 // The table of the current ISA.

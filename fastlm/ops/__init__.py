@@ -9,7 +9,8 @@ if _native.module is None:
     _pure.register()
 
 from fastlm.ops import gemm as gemm
+from fastlm.ops.attention import attention, attention_varlen, scaled_dot_product_attention
 from fastlm.ops.gru import gru, gru_cell
 from fastlm.ops.lstm import lstm, lstm_cell
 
-__all__ = ["gru", "gru_cell", "lstm", "lstm_cell"]
+__all__ = ["attention", "attention_varlen", "gru", "gru_cell", "lstm", "lstm_cell", "scaled_dot_product_attention"]

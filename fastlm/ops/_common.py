@@ -103,7 +103,7 @@ def check_sequences(x: Any, lengths: Any, batch_sizes: Any, reset_mask: Any) -> 
                 raise ValueError(f"{name}: expected None together with batch_sizes")
         if x.dim() != 2:
             raise ValueError(f"x: expected 2 dimensions (rows, I) with batch_sizes, got shape {tuple(x.shape)}")
-        sizes = _integers("batch_sizes", batch_sizes)
+        sizes = integers("batch_sizes", batch_sizes)
         check_shape("batch_sizes", sizes, ("T",), "(T,)")
         if sizes.shape[0] == 0:
             raise ValueError("batch_sizes: expected at least one time step, got none")
@@ -111,7 +111,7 @@ def check_sequences(x: Any, lengths: Any, batch_sizes: Any, reset_mask: Any) -> 
     if x.dim() != 3:
         raise ValueError(f"x: expected 3 dimensions (T, B, I), got shape {tuple(x.shape)}")
     if lengths is not None:
-        lengths = _integers("lengths", lengths)
+        lengths = integers("lengths", lengths)
         check_shape("lengths", lengths, (x.shape[1],), "(B,)")
     if reset_mask is not None:
         if not isinstance(reset_mask, Tensor):
@@ -123,7 +123,7 @@ def check_sequences(x: Any, lengths: Any, batch_sizes: Any, reset_mask: Any) -> 
     return Sequences(lengths, None, reset_mask)
 
 
-def _integers(name: str, values: Any) -> Tensor:
+def integers(name: str, values: Any) -> Tensor:
     """A tensor or list of whole numbers as int64 on the CPU."""
     if isinstance(values, list | tuple):
         if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
@@ -288,10 +288,14 @@ def batch_of(x: Tensor, state: Tensor | None) -> int | torch.SymInt:
     return state.shape[0]
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of the arithmetic on tensors of this one."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
 def new_reserve(x: Tensor, width: int | None) -> Tensor:
     """What forward keeps for backward, in the type of its arithmetic; empty for None. For fake functions."""
-    dtype = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
-    return x.new_empty((0,)) if width is None else x.new_empty((*x.shape[:-1], width), dtype=dtype)
+    return x.new_empty((0,)) if width is None else x.new_empty((*x.shape[:-1], width), dtype=compute_dtype(x.dtype))
 
 
 def contiguous_or_none(grad: Tensor | None) -> Tensor | None:

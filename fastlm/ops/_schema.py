@@ -9,6 +9,13 @@ LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
 # for every c; without it each is an empty tensor. A gradient that is not asked for (need_*, or `state`, of which only
 # the shape counts) or has no input (no bias) is an empty tensor.
 _SEQUENCES = "Tensor? lengths, Tensor? batch_sizes, Tensor? reset_mask"
+# q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv), or packed (rows, H, D) with q_starts and k_starts (B + 1,)
+# int64. keep (bool) and bias (dtype of q) have 4 dimensions that broadcast against (B, Hq, Tq, Tk), slopes those against
+# (B, Hq, 1, 1). softcap 0: none; left, right -1: unlimited. lse is (B, Hq, Tq), packed (Hq, rows).
+_ATTENTION = (
+    "Tensor? keep, Tensor? bias, Tensor? slopes, Tensor? kv_lengths, Tensor? q_starts, Tensor? k_starts, Tensor? seed,"
+    " float scale, float softcap, float dropout, bool lower_right, int left, int right"
+)
 SCHEMAS = (
     f"gru_forward(Tensor x, Tensor? h0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, {_SEQUENCES},"
     " bool reverse, bool save) -> (Tensor output, Tensor h_n, Tensor reserve)",
@@ -22,6 +29,9 @@ SCHEMAS = (
     f" Tensor? state, Tensor w_ih, Tensor w_hh, {_SEQUENCES}, Tensor reserve, bool reverse, bool need_x,"
     " bool need_weights, bool need_bias)"
     " -> (Tensor grad_x, Tensor grad_h0, Tensor grad_c0, Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_bias)",
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_ATTENTION}) -> (Tensor output, Tensor lse)",
+    "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor output, Tensor lse,"
+    f" {_ATTENTION}, bool need_bias) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias)",
     "gemm(Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> Tensor",
 )
 

@@ -7,6 +7,7 @@ after every step.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -229,3 +230,121 @@ def _unroll_packed(
 
 def _order(seq_len: int, reverse: bool) -> range:
     return range(seq_len - 1, -1, -1) if reverse else range(seq_len)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None = None,
+    bias: Tensor | None = None,
+    slopes: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    q_starts: Tensor | None = None,
+    k_starts: Tensor | None = None,
+    seed: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    dropout: float = 0.0,
+    lower_right: bool = False,
+    left: int = -1,
+    right: int = -1,
+) -> tuple[Tensor, Tensor]:
+    """Attention with all scores written out; arguments as the op takes them (`fastlm.ops.attention` says more)."""
+    dtype = q.dtype
+    q, k, v, bias = map(_widened, (q, k, v, bias))
+    numbers = (scale, softcap, dropout, lower_right, left, right)
+    if q_starts is None or k_starts is None:
+        rows = torch.arange(q.shape[0] * q.shape[1] * q.shape[2], device=q.device).view(q.shape[:3])
+        output, lse = _attend(q, k, v, keep, bias, slopes, kv_lengths, seed, rows, *numbers)
+        return output.to(dtype), lse
+    outputs, lses = [], []
+    rows = torch.arange(q.shape[1] * q.shape[0], device=q.device).view(q.shape[1], q.shape[0])
+    starts = [tensor.tolist() for tensor in (q_starts, k_starts)]
+    for b, (first, last) in enumerate(pairwise(starts[0])):
+        keys = slice(starts[1][b], starts[1][b + 1])
+        one = (tensor.transpose(0, 1)[None] for tensor in (q[first:last], k[keys], v[keys]))
+        slope = slopes if slopes is None or slopes.shape[0] == 1 else slopes[b : b + 1]
+        output, lse = _attend(*one, None, None, slope, None, seed, rows[None, :, first:last], *numbers)
+        outputs.append(output[0].transpose(0, 1))
+        lses.append(lse[0])
+    past = q.shape[0] - starts[0][-1]
+    outputs.append(q.new_zeros(past, q.shape[1], v.shape[2]))
+    lses.append(q.new_zeros(q.shape[1], past))
+    return torch.cat(outputs).to(dtype), torch.cat(lses, 1)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    kv_lengths: Tensor | None,
+    seed: Tensor | None,
+    rows: Tensor,
+    scale: float,
+    softcap: float,
+    dropout: float,
+    lower_right: bool,
+    left: int,
+    right: int,
+) -> tuple[Tensor, Tensor]:
+    """One batch of sequences (B, H, T, D); rows: the place of every query among all, for dropout."""
+    batch, q_heads, q_len, _ = q.shape
+    k_len = k.shape[2]
+    lengths = torch.full((batch,), k_len) if kv_lengths is None else kv_lengths.cpu()
+    lengths = lengths.to(q.device).view(-1, 1, 1, 1)
+    keys = torch.arange(k_len, device=q.device)
+    position = torch.arange(q_len, device=q.device)[:, None] + (lengths - q_len if lower_right else 0 * lengths)
+    seen = keys < lengths
+    if left >= 0:
+        seen = seen & (keys >= position - left)
+    if right >= 0:
+        seen = seen & (keys <= position + right)
+    if keep is not None:
+        seen = seen & keep
+    if kv_lengths is not None:  # what lies past a length may be NaN
+        inside = (keys < lengths).transpose(-1, -2)
+        k, v = k.masked_fill(~inside, 0), v.masked_fill(~inside, 0)
+    if q_heads != k.shape[1]:
+        k, v = (tensor.repeat_interleave(q_heads // k.shape[1], 1) for tensor in (k, v))
+    scores = q @ k.mT * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if slopes is not None:
+        scores = scores - slopes.to(scores.dtype) * (position - keys).abs().to(scores.dtype)
+    if bias is not None:
+        scores = scores + bias
+    scores = scores.masked_fill(~seen, -torch.inf)
+    # A row that sees nothing: weights 0 and no gradient, where a softmax would give NaN.
+    blind = (scores == -torch.inf).all(-1)
+    lse = torch.logsumexp(scores.masked_fill(blind[..., None], 0), -1) if k_len else scores.sum(-1)
+    weights = torch.exp(scores - lse[..., None])
+    if seed is not None and dropout > 0:
+        weights = weights * _dropout_factors(seed, dropout, rows, k_len).to(weights.dtype)
+    return weights @ v, lse.masked_fill(blind, -torch.inf)
+
+
+def _dropout_factors(seed: Tensor, dropout: float, rows: Tensor, k_len: int) -> Tensor:
+    """0 or 1 / (1 - dropout) for every row and key, by the hash of the kernels (csrc attention_scores.inl), float64."""
+
+    def shifted(z: Tensor, bits: int) -> Tensor:  # of 64 bits, without the sign's
+        return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+    def signed(constant: int) -> int:
+        return constant - (1 << 64) if constant >= 1 << 63 else constant
+
+    low_bits = 0xFFFFFFFF
+    z = seed.to(rows.device) + signed(0x9E3779B97F4A7C15) * (rows + 1)
+    z = (z ^ shifted(z, 30)) * signed(0xBF58476D1CE4E5B9)
+    z = (z ^ shifted(z, 27)) * signed(0x94D049BB133111EB)
+    z = z ^ shifted(z, 31)
+    low, high = (z & low_bits)[..., None], shifted(z, 32)[..., None]
+    x = (torch.arange(k_len, device=rows.device) + low) * 0x85EBCA6B & low_bits
+    x = ((x ^ x >> 15) + high) * 0xC2B2AE35 & low_bits
+    x = (x ^ x >> 13) * 0x27D4EB2F & low_bits
+    x = x ^ x >> 16
+    threshold = min(int(dropout * 4294967296.0), low_bits)
+    return (x >= threshold).double() * (1 / (1 - dropout) if dropout < 1 else 0.0)

@@ -137,6 +137,7 @@ void block_times_panel(const GemmParams<T>& p, const T* a_tiles, int64_t begin, 
                        fetch_ahead<T>(panel, panel + depth * kCols<T>, (m - begin) / limit)};
     if (p.a_transposed) {
       tile.a = a_tiles + (m - begin) * depth;
+      tile.a_row = kTileRows;
       run_tile<true>(rows, 1, tile);
     } else {
       tile.a = p.a + m * p.a_stride + k;

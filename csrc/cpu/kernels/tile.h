@@ -32,7 +32,7 @@ enum class Init { kZero, kBias, kAccumulate };
 template <class T, class P = T>
 struct TileParams {
   const T* a;      // first element of the tile's first row
-  int64_t a_row;   // stride of A between rows, which are contiguous in k; unused where A is packed
+  int64_t a_row;   // stride of A between rows, which are contiguous in k; for kColumns between columns
   const P* panel;  // [depth][kCols] at panel_stride; P = BFloat16 for T = float: dense [depth / 2][kCols][2]
   int64_t panel_stride;
   int64_t depth;
@@ -47,22 +47,22 @@ struct TileParams {
 template <class T>
 constexpr int64_t kFetchPerDepth = 32 / sizeof(T);
 
-// Rows R, with k dealt to D accumulators per element. kPacked: A lies as [depth][kTileRows].
-template <class T, class P, int R, int D, bool kPacked>
+// Rows R by the panel's first N vectors, with k dealt to D accumulators per element. kColumns: A lies as [depth][a_row].
+template <class T, class P, int R, int N, int D, bool kColumns>
 __attribute__((noinline)) void tile_product(const TileParams<T, P>& p) {
   using V = Vec<T>;
-  V acc[D][R][kTileVecs];
+  V acc[D][R][N];
   for (int i = 0; i < D; ++i)
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kTileVecs; ++v) acc[i][r][v] = V::zero();
+      for (int v = 0; v < N; ++v) acc[i][r][v] = V::zero();
   for (int r = 0; r < R; ++r) __builtin_prefetch(p.c + r * p.c_stride, 1);
 
   const T* rows[R];
-  for (int r = 0; r < R; ++r) rows[r] = kPacked ? p.a + r : p.a + r * p.a_row;
+  for (int r = 0; r < R; ++r) rows[r] = kColumns ? p.a + r : p.a + r * p.a_row;
   const P* panel = p.panel;
   const auto step = [&](int i, int64_t k) FASTLM_LAMBDA_INLINE {
-    V b[kTileVecs];
-    for (int v = 0; v < kTileVecs; ++v)
+    V b[N];
+    for (int v = 0; v < N; ++v)
       if constexpr (std::is_same_v<T, P>)
         b[v] = V::load(panel + v * V::kLanes);
       else if (k % 2)
@@ -76,8 +76,8 @@ __attribute__((noinline)) void tile_product(const TileParams<T, P>& p) {
     else if (R > 3)
       __asm__("" : "+r"(panel));  // the pairs are loaded again: kept, they would push sums out of registers
     for (int r = 0; r < R; ++r) {
-      const V value = V::broadcast(kPacked ? rows[0][k * kTileRows + r] : rows[r][k]);
-      for (int v = 0; v < kTileVecs; ++v) acc[i][r][v] = fma(value, b[v], acc[i][r][v]);
+      const V value = V::broadcast(kColumns ? rows[0][k * p.a_row + r] : rows[r][k]);
+      for (int v = 0; v < N; ++v) acc[i][r][v] = fma(value, b[v], acc[i][r][v]);
     }
   };
   int64_t pair = 0;  // so that the compiler knows which k are even
@@ -89,7 +89,7 @@ __attribute__((noinline)) void tile_product(const TileParams<T, P>& p) {
   for (int64_t k = 2 * pair; k < p.depth; ++k) step(0, k);
 
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < kTileVecs; ++v) {
+    for (int v = 0; v < N; ++v) {
       V sum = acc[0][r][v];
       for (int i = 1; i < D; ++i) sum = sum + acc[i][r][v];
       T* c = p.c + r * p.c_stride + v * V::kLanes;
@@ -102,15 +102,16 @@ __attribute__((noinline)) void tile_product(const TileParams<T, P>& p) {
 // Accumulators per element for a problem with `rows` rows of A in all (not per tile: see the note on bits above).
 constexpr int accumulators(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
-template <bool kPacked, class T, class P>
+template <bool kColumns, class T, class P>
 void run_tile(int rows, int deal, const TileParams<T, P>& p) {
   using Tile = void (*)(const TileParams<T, P>&);
-  static constexpr Tile kSingle[] = {tile_product<T, P, 1, 1, kPacked>, tile_product<T, P, 2, 1, kPacked>,
-                                     tile_product<T, P, 3, 1, kPacked>, tile_product<T, P, 4, 1, kPacked>,
-                                     tile_product<T, P, 5, 1, kPacked>, tile_product<T, P, 6, 1, kPacked>};
-  static constexpr Tile kDouble[] = {tile_product<T, P, 1, 2, kPacked>, tile_product<T, P, 2, 2, kPacked>,
-                                     tile_product<T, P, 3, 2, kPacked>};
-  if (deal == 4) return tile_product<T, P, 1, 4, kPacked>(p);
+  constexpr int kN = kTileVecs;
+  static constexpr Tile kSingle[] = {tile_product<T, P, 1, kN, 1, kColumns>, tile_product<T, P, 2, kN, 1, kColumns>,
+                                     tile_product<T, P, 3, kN, 1, kColumns>, tile_product<T, P, 4, kN, 1, kColumns>,
+                                     tile_product<T, P, 5, kN, 1, kColumns>, tile_product<T, P, 6, kN, 1, kColumns>};
+  static constexpr Tile kDouble[] = {tile_product<T, P, 1, kN, 2, kColumns>, tile_product<T, P, 2, kN, 2, kColumns>,
+                                     tile_product<T, P, 3, kN, 2, kColumns>};
+  if (deal == 4) return tile_product<T, P, 1, kN, 4, kColumns>(p);
   (deal == 2 ? kDouble : kSingle)[rows - 1](p);
 }
 

@@ -80,6 +80,13 @@ FASTLM_INLINE V exp(const V& x) {
   return fma(p, parts.n - capped, p) * power_of_two(capped + V::broadcast(C::kRound));
 }
 
+// exp for x <= 0, -inf and NaN.
+template <class V>
+FASTLM_INLINE V exp_nonpositive(const V& x) {
+  const auto parts = exp_parts(at_least(V::broadcast(ExpConstants<typename V::Scalar>::kLow), x));
+  return fma(parts.power, parts.q, parts.power);
+}
+
 template <class V>
 FASTLM_INLINE V sigmoid(const V& x) {
   using C = ExpConstants<typename V::Scalar>;

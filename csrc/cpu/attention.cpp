@@ -1,0 +1,133 @@
+#include "cpu/attention.h"
+
+#include <algorithm>
+
+#include "cpu/isa.h"
+
+namespace fastlm::cpu {
+namespace {
+
+constexpr int64_t kDecodeRows = 12;       // query heads times queries up to which keys are not packed
+constexpr int64_t kDecodeKeys = 512;      // per item
+constexpr int64_t kForwardValues = 32768; // of queries in one item: they, their sums and a chunk of keys share L2
+constexpr int64_t kItemsWanted = 16;      // so many items keep a few threads busy to the end
+constexpr int64_t kPartsWanted = 8;       // the same for backward, where parts of one head cost memory
+constexpr int64_t kRowsAtLeast = 96;      // per item, so that packing keys does not show
+constexpr int64_t kKeysAtLeast = 512;     // per item of backward, likewise
+constexpr double kFlopsPerNs = 60, kBytesPerNs = 20;  // of one core, cautiously
+constexpr double kNsPerThread = 12000;    // below this much work per member a second thread loses
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class S>
+double pairs(const AttentionParams<S>& p, const AttentionSequence& sequence) {
+  double seen = sequence.k_len;
+  if (p.left >= 0 && p.right >= 0) seen = std::min<double>(seen, static_cast<double>(p.left) + p.right + 1);
+  else if (p.right >= 0 && sequence.q_len > 1) seen /= 2;
+  return seen * sequence.q_len;
+}
+
+template <class S>
+void estimate(AttentionPlan& plan, const AttentionParams<S>& p, double flops_per_pair, int max_threads) {
+  double flops = 0, bytes = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const auto sequence = attention_sequence(p, b);
+    flops += flops_per_pair * p.q_heads * pairs(p, sequence);
+    bytes += static_cast<double>(sizeof(S)) * p.kv_heads * sequence.k_len * (p.dim + p.v_dim);
+  }
+  plan.work_ns = static_cast<int64_t>(std::max(flops / kFlopsPerNs, bytes / kBytesPerNs));
+  const double threads = std::min<double>({static_cast<double>(max_threads), static_cast<double>(plan.items.size()),
+                                           plan.work_ns / kNsPerThread});
+  plan.threads = std::max(1, static_cast<int>(threads));
+}
+
+// The n queries or keys of sequence b in ranges of `size`, for all heads; one empty range where there are none.
+void add_items(AttentionPlan& plan, int64_t b, int64_t kv_heads, int64_t n, int64_t size) {
+  const int64_t parts = std::max<int64_t>(1, ceil_div(n, size));
+  for (int64_t head = 0; head < kv_heads; ++head)
+    for (int64_t part = 0; part < parts; ++part)
+      plan.items.push_back({b, head, part * size, std::min(n, (part + 1) * size), part});
+}
+
+}  // namespace
+
+template <class S>
+AttentionSequence attention_sequence(const AttentionParams<S>& p, int64_t b) {
+  AttentionSequence s{0, p.q_len, 0, p.k_len, 0};
+  if (p.q_starts) {
+    s.q_begin = p.q_starts[b], s.q_len = p.q_starts[b + 1] - s.q_begin;
+    s.k_begin = p.k_starts[b], s.k_len = p.k_starts[b + 1] - s.k_begin;
+  }
+  if (p.kv_lengths) s.k_len = p.kv_lengths[b];
+  s.offset = p.lower_right ? s.k_len - s.q_len : 0;
+  return s;
+}
+
+template <class S>
+AttentionPlan AttentionPlan::make(const AttentionForwardParams<S>& p, int max_threads) {
+  AttentionPlan plan{};
+  const int64_t group = p.kv_heads ? p.q_heads / p.kv_heads : 0;
+  plan.decode = group * p.q_len <= kDecodeRows;
+  int64_t total = 0;
+  for (int64_t b = 0; b < p.batch; ++b) total += attention_sequence(p, b).q_len;
+  const int64_t fits = kForwardValues / std::max<int64_t>(1, std::max(p.dim, p.v_dim));
+  const int64_t even = ceil_div(total * p.q_heads, kItemsWanted);
+  const int64_t rows = std::clamp(even, kRowsAtLeast, std::max(fits, kRowsAtLeast));
+  const int64_t queries = ceil_div(rows, std::max<int64_t>(group, 1));
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const auto sequence = attention_sequence(p, b);
+    if (sequence.q_len == 0) continue;
+    if (plan.decode) {
+      add_items(plan, b, p.kv_heads, sequence.k_len, kDecodeKeys);
+      continue;
+    }
+    // Parts of equal size.
+    const int64_t size = ceil_div(sequence.q_len, ceil_div(sequence.q_len, queries));
+    add_items(plan, b, p.kv_heads, sequence.q_len, size);
+    plan.most_rows = std::max(plan.most_rows, group * size);
+  }
+  if (plan.decode) plan.most_rows = group * p.q_len;
+  estimate(plan, p, 2. * (p.dim + p.v_dim), max_threads);
+  return plan;
+}
+
+template <class S>
+AttentionPlan AttentionPlan::make(const AttentionBackwardParams<S>& p, int max_threads) {
+  AttentionPlan plan{};
+  // Items whose gradients of the mask meet in one place are one item; it names the first.
+  const bool over_batch = p.grad_bias.data && p.grad_bias.batch == 0;
+  const bool over_heads = p.grad_bias.data && p.grad_bias.head == 0;
+  const int64_t heads = over_heads ? 1 : p.kv_heads, batch = over_batch ? std::min<int64_t>(1, p.batch) : p.batch;
+  const int64_t wanted = ceil_div(kPartsWanted, std::max<int64_t>(1, heads * batch));
+  const bool whole = p.grad_bias.data && p.grad_bias.key == 0;
+  int64_t most_keys = 0;
+  for (int64_t b = 0; b < p.batch; ++b) most_keys = std::max(most_keys, attention_sequence(p, b).k_len);
+  // Every head gets as many parts, empty ones too, for their gradients of q are added up.
+  plan.parts = whole ? 1 : std::clamp<int64_t>(most_keys / kKeysAtLeast, 1, wanted);
+  plan.most_rows = std::max<int64_t>(1, ceil_div(most_keys, plan.parts));
+  for (int64_t b = 0; b < batch; ++b) add_items(plan, b, heads, plan.parts * plan.most_rows, plan.most_rows);
+  estimate(plan, p, 6. * p.dim + 4. * p.v_dim, max_threads);
+  return plan;
+}
+
+template <class S>
+void attention_forward(const AttentionForwardParams<S>& p, int max_threads, ParallelFor parallel_for) {
+  const auto plan = AttentionPlan::make(p, max_threads);
+  if (!plan.items.empty()) kernels<S>().attention->forward(p, plan, parallel_for);
+}
+
+template <class S>
+void attention_backward(const AttentionBackwardParams<S>& p, int max_threads, ParallelFor parallel_for) {
+  const auto plan = AttentionPlan::make(p, max_threads);
+  if (!plan.items.empty()) kernels<S>().attention->backward(p, plan, parallel_for);
+}
+
+#define FASTLM_INSTANTIATE(S)                                                        \
+  template AttentionSequence attention_sequence(const AttentionParams<S>&, int64_t); \
+  template void attention_forward(const AttentionForwardParams<S>&, int, ParallelFor); \
+  template void attention_backward(const AttentionBackwardParams<S>&, int, ParallelFor)
+FASTLM_INSTANTIATE(float);
+FASTLM_INSTANTIATE(double);
+FASTLM_INSTANTIATE(BFloat16);
+
+}  // namespace fastlm::cpu

@@ -1,0 +1,75 @@
+// Entries of attention: scratch, the team, and items dealt to its members.
+#pragma once
+
+#include "cpu/kernels/attention_backward.inl"
+#include "cpu/kernels/attention_decode.inl"
+
+namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
+
+// body(i) for n items, however many, between all members.
+template <class Body>
+void share_all(const Team& team, int64_t n, const Body& body) {
+  constexpr int64_t kMost = 1 << 23;
+  for (int64_t first = 0; first < n; first += kMost)
+    team.share(std::min(kMost, n - first), false, [&](int64_t i) { body(first + i); });
+}
+
+template <class S>
+void decode(const AttentionForwardParams<S>& p, const AttentionPlan& plan, ParallelFor parallel_for) {
+  using Pass = AttentionDecode<S>;
+  Workspace workspace;
+  Pass::Buffers::take(workspace, p, plan);
+  workspace.allocate();
+  const auto buffers = Pass::Buffers::take(workspace, p, plan);
+  const auto items = static_cast<int64_t>(plan.items.size());
+  run_team(parallel_for, plan.threads, plan.work_ns, [&](const Team& team) {
+    Pass pass(p, plan, buffers, team.rank);
+    share_all(team, items, [&](int64_t i) { pass.run(i); });
+    team.barrier();
+    share_all(team, items, [&](int64_t i) { pass.combine(i); });
+  });
+}
+
+template <class S>
+void attention_forward(const AttentionForwardParams<S>& p, const AttentionPlan& plan, ParallelFor parallel_for) {
+  if (plan.decode) return decode(p, plan, parallel_for);
+  using Pass = AttentionForward<S>;
+  Workspace workspace;
+  for (int i = 0; i < plan.threads; ++i) Pass::Buffers::take(workspace, p, plan.most_rows);
+  workspace.allocate();
+  std::vector<typename Pass::Buffers> buffers;
+  for (int i = 0; i < plan.threads; ++i) buffers.push_back(Pass::Buffers::take(workspace, p, plan.most_rows));
+  run_team(parallel_for, plan.threads, plan.work_ns, [&](const Team& team) {
+    Pass pass(p, buffers[team.rank]);
+    share_all(team, static_cast<int64_t>(plan.items.size()), [&](int64_t i) { pass.run(plan.items[i]); });
+  });
+}
+
+template <class S>
+void attention_backward(const AttentionBackwardParams<S>& p, const AttentionPlan& plan, ParallelFor parallel_for) {
+  using Pass = AttentionBackward<S>;
+  Workspace workspace;
+  const auto take = [&](int member) {
+    return Pass::Buffers::take(workspace, p, plan, member == 0 ? Pass::partial_rows(p, plan) : 0);
+  };
+  for (int i = 0; i < plan.threads; ++i) take(i);
+  workspace.allocate();
+  std::vector<typename Pass::Buffers> buffers;
+  for (int i = 0; i < plan.threads; ++i) {
+    buffers.push_back(take(i));
+    buffers[i].partial = buffers[0].partial;
+  }
+  run_team(parallel_for, plan.threads, plan.work_ns, [&](const Team& team) {
+    Pass pass(p, plan, buffers[team.rank]);
+    share_all(team, static_cast<int64_t>(plan.items.size()), [&](int64_t i) { pass.run(plan.items[i]); });
+    if (plan.parts == 1) return;
+    team.barrier();
+    share_all(team, p.batch * p.q_heads, [&](int64_t i) { pass.combine(i / p.q_heads, i % p.q_heads); });
+  });
+}
+
+extern const AttentionKernels<float> kAttentionFloat{attention_forward<float>, attention_backward<float>};
+extern const AttentionKernels<double> kAttentionDouble{attention_forward<double>, attention_backward<double>};
+extern const AttentionKernels<BFloat16> kAttentionBFloat16{attention_forward<BFloat16>, attention_backward<BFloat16>};
+
+}  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

@@ -1,0 +1,311 @@
+// Attention backward (Dao et al. 2022, algorithm 4): weights are computed again from lse, block by block.
+//
+// An item is a range of keys of one head and all queries that share it. Blocks of keys are the outer loop, blocks of
+// queries the inner one; five products a block. With P the weights and delta = sum(grad_output * output):
+//   dV += P^T dO,  dS = P * (dO V^T - delta),  dK += dS^T Q,  dQ += dS K.
+#pragma once
+
+#include "cpu/kernels/attention_forward.inl"
+
+namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
+
+template <class S>
+class AttentionBackward {
+ public:
+  using T = Compute<S>;
+  using V = Vec<T>;
+  static constexpr int64_t kBlock = 64;  // queries and keys: both matrices of a block stay in L1
+
+  struct Buffers {
+    // Of one member. Rows: all queries, or all keys of an item.
+    T *queries, *grads, *grad_q, *delta, *grad_k, *grad_v;
+    T *key_panels, *value_panels, *key_rows;  // of a block of keys
+    T *weights, *grad_scores, *capped, *factors;
+    Keys *tiles, *rows;  // what tiles and rows of a block see
+    T* partial;          // of all members: gradients of q by part, where there are several
+
+    static Buffers take(Workspace& workspace, const AttentionBackwardParams<S>& p, const AttentionPlan& plan,
+                        int64_t query_rows) {
+      const int64_t q_stride = row_stride<T>(p.dim), v_stride = row_stride<T>(p.v_dim), s_stride = row_stride<T>(kBlock);
+      Buffers b;
+      b.queries = workspace.take<T>(p.q_len * q_stride);
+      b.grads = workspace.take<T>(p.q_len * v_stride);
+      b.grad_q = workspace.take<T>(p.q_len * q_stride);
+      b.delta = workspace.take<T>(p.q_len);
+      b.grad_k = workspace.take<T>(plan.most_rows * q_stride);
+      b.grad_v = workspace.take<T>(plan.most_rows * v_stride);
+      b.key_panels = workspace.take<T>(kBlock * p.dim);
+      b.value_panels = workspace.take<T>(kBlock * p.v_dim);
+      b.key_rows = workspace.take<T>(kBlock * q_stride);
+      b.weights = workspace.take<T>(kBlock * s_stride);
+      b.grad_scores = workspace.take<T>(kBlock * s_stride);
+      b.capped = workspace.take<T>(kBlock);
+      b.factors = workspace.take<T>(kBlock);
+      b.tiles = workspace.take<Keys>(kBlock);
+      b.rows = workspace.take<Keys>(kBlock);
+      b.partial = workspace.take<T>(query_rows * p.dim);
+      return b;
+    }
+  };
+
+  AttentionBackward(const AttentionBackwardParams<S>& p, const AttentionPlan& plan, const Buffers& buffers)
+      : p_(p),
+        plan_(plan),
+        buffers_(buffers),
+        group_(p.q_heads / p.kv_heads),
+        dropout_(Dropout::make(p.dropout, p.seed)),
+        q_stride_(row_stride<T>(p.dim)),
+        v_stride_(row_stride<T>(p.v_dim)) {}
+
+  // How many rows dQ has in all, once for every part where there are several.
+  static int64_t partial_rows(const AttentionBackwardParams<S>& p, const AttentionPlan& plan) {
+    return plan.parts > 1 ? plan.parts * p.q_heads * query_count(p) : 0;
+  }
+
+  void run(const AttentionItem& item) {
+    const bool all_batches = p_.grad_bias.data && p_.grad_bias.batch == 0;
+    const bool all_heads = p_.grad_bias.data && p_.grad_bias.head == 0;
+    part_ = item.part;
+    for (b_ = item.b; b_ < (all_batches ? p_.batch : item.b + 1); ++b_) {
+      sequence_ = attention_sequence(p_, b_);
+      begin_ = std::min(item.begin, sequence_.k_len), end_ = std::min(item.end, sequence_.k_len);
+      for (kv_head_ = item.kv_head; kv_head_ < (all_heads ? p_.kv_heads : item.kv_head + 1); ++kv_head_) kv_head();
+    }
+  }
+
+  // Adds up the parts of dQ of one head (b, head).
+  void combine(int64_t b, int64_t head) {
+    b_ = b, sequence_ = attention_sequence(p_, b);
+    const int64_t count = p_.q_heads * query_count(p_);
+    for (int64_t i = 0; i < sequence_.q_len; ++i) {
+      T* sum = buffers_.partial + lse_place(head, i) * p_.dim;
+      for (int64_t part = 1; part < plan_.parts; ++part)
+        for (int64_t d = 0; d < p_.dim; ++d) sum[d] += sum[part * count * p_.dim + d];
+      write_row(sum, p_.dim, p_.scale, grad_q_row(head, i));
+    }
+  }
+
+ private:
+  static int64_t query_count(const AttentionBackwardParams<S>& p) {
+    return p.q_starts ? p.q_starts[p.batch] : p.batch * p.q_len;
+  }
+  int64_t lse_place(int64_t head, int64_t query) const {
+    return b_ * p_.lse.batch + head * p_.lse.head + sequence_.q_begin + query;
+  }
+  S* grad_q_row(int64_t head, int64_t query) const {
+    return p_.grad_q.data + b_ * p_.grad_q.batch + head * p_.grad_q.head +
+           (sequence_.q_begin + query) * p_.grad_q.time;
+  }
+  template <class P>
+  P* rows_of(const Heads<P>& tensor, int64_t head, int64_t row) const {
+    return tensor.data + b_ * tensor.batch + head * tensor.head + row * tensor.time;
+  }
+
+  void kv_head() {
+    const int64_t keys = end_ - begin_;
+    std::fill_n(buffers_.grad_k, keys * q_stride_, T(0));
+    std::fill_n(buffers_.grad_v, keys * v_stride_, T(0));
+    for (int64_t g = 0; g < group_; ++g) q_head(kv_head_ * group_ + g);
+    for (int64_t n = 0; n < keys; ++n) {
+      const int64_t row = sequence_.k_begin + begin_ + n;
+      write_row(buffers_.grad_k + n * q_stride_, p_.dim, p_.scale, rows_of(p_.grad_k, kv_head_, row));
+      write_row(buffers_.grad_v + n * v_stride_, p_.v_dim, T(1), rows_of(p_.grad_v, kv_head_, row));
+    }
+  }
+
+  static void write_row(const T* from, int64_t width, T factor, S* to) {
+    for (int64_t i = 0; i < width; i += V::kLanes)
+      store_as(V::load_partial(from + i, width - i) * V::broadcast(factor), to + i, width - i);
+  }
+
+  void q_head(int64_t head) {
+    if (sequence_.q_len == 0) return;
+    head_ = head;
+    load_queries();
+    const HeadScores<S> rule(p_, sequence_, b_, head);
+    for (int64_t key = begin_; key < end_; key += kBlock) key_block(rule, key, std::min(end_, key + kBlock));
+    for (int64_t i = 0; i < sequence_.q_len; ++i) {
+      const T* sum = buffers_.grad_q + i * q_stride_;
+      if (plan_.parts == 1)
+        write_row(sum, p_.dim, p_.scale, grad_q_row(head, i));
+      else
+        std::copy_n(sum, p_.dim,
+                    buffers_.partial + (part_ * p_.q_heads * query_count(p_) + lse_place(head, i)) * p_.dim);
+    }
+  }
+
+  void load_queries() {
+    const int64_t n = sequence_.q_len;
+    copy_rows(rows_of(p_.q, head_, sequence_.q_begin), p_.q.time, n, p_.dim, buffers_.queries, q_stride_);
+    const S* output = rows_of(p_.output, head_, sequence_.q_begin);
+    copy_rows(rows_of(p_.grad_output, head_, sequence_.q_begin), p_.grad_output.time, n, p_.v_dim, buffers_.grads,
+              v_stride_);
+    std::fill_n(buffers_.grad_q, n * q_stride_, T(0));
+    for (int64_t i = 0; i < n; ++i, output += p_.output.time) {
+      V sum = V::zero();
+      for (int64_t d = 0; d < p_.v_dim; d += V::kLanes)
+        sum = fma(load_as<V>(output + d, p_.v_dim - d), V::load(buffers_.grads + i * v_stride_ + d), sum);
+      buffers_.delta[i] = total(sum);
+      if (p_.grad_lse.data) buffers_.delta[i] -= rows_of(p_.grad_lse, head_, sequence_.q_begin)[i * p_.grad_lse.time];
+    }
+  }
+
+  void key_block(const HeadScores<S>& rule, int64_t first, int64_t last) {
+    bool packed = false;
+    const int64_t blocks = (sequence_.q_len + kBlock - 1) / kBlock;
+    for (int64_t i = 0; i < blocks; ++i) {
+      const Team::Range block{sequence_.q_len * i / blocks, sequence_.q_len * (i + 1) / blocks};
+      if (!look(rule, block, first, last)) continue;
+      if (!packed) pack(first, last);
+      packed = true;
+      weigh(rule, block, first);
+      add_to_keys(block, first, last);
+    }
+  }
+
+  Team::Range tile(Team::Range block, int64_t t) const {
+    const int64_t n = block.end - block.begin, tiles = tile_count(block);
+    return {block.begin + n * t / tiles, block.begin + n * (t + 1) / tiles};
+  }
+  static int64_t tile_count(Team::Range block) { return (block.end - block.begin + kTileRows - 1) / kTileRows; }
+
+  // What the tiles of a block see; false: nothing.
+  bool look(const HeadScores<S>& rule, Team::Range block, int64_t first, int64_t last) {
+    bool any = false;
+    for (int64_t t = 0; t < tile_count(block); ++t) {
+      const Keys keys = rule.seen(tile(block, t).begin, tile(block, t).end, first, last);
+      any |= !keys.empty();
+      buffers_.tiles[t] = keys.empty() ? Keys{0, 0} : Keys{keys.begin - first, keys.end - first};
+    }
+    return any;
+  }
+
+  void pack(int64_t first, int64_t last) {
+    const Keys all{0, last - first};
+    const S* k = rows_of(p_.k, kv_head_, sequence_.k_begin + first);
+    pack_keys(k, p_.k.time, all, p_.dim, buffers_.key_panels);
+    pack_keys(rows_of(p_.v, kv_head_, sequence_.k_begin + first), p_.v.time, all, p_.v_dim, buffers_.value_panels);
+    copy_rows(k, p_.k.time, last - first, p_.dim, buffers_.key_rows, q_stride_);
+  }
+
+  // Weights and gradients of scores of a block, zero where nothing is seen, and their part of dQ.
+  void weigh(const HeadScores<S>& rule, Team::Range block, int64_t first) {
+    for (int64_t t = 0; t < tile_count(block); ++t) {
+      const auto [begin, end] = tile(block, t);
+      const Keys keys = buffers_.tiles[t];
+      T* weights = buffers_.weights + (begin - block.begin) * s_stride_;
+      T* grads = buffers_.grad_scores + (begin - block.begin) * s_stride_;
+      const int64_t from = lanes_down<T>(keys.begin), to = lanes_up<T>(keys.end);
+      for (int64_t r = 0; r < end - begin; ++r)
+        for (T* row : {weights + r * s_stride_, grads + r * s_stride_}) {
+          std::fill(row, row + from, T(0));
+          std::fill(row + to, row + kBlock, T(0));
+        }
+      if (keys.empty()) {
+        std::fill_n(buffers_.rows + begin - block.begin, end - begin, Keys{0, 0});
+        continue;
+      }
+      const int64_t panel = keys.begin / kCols<T> * kCols<T>;
+      multiply<false>(end - begin, p_.dim, to - panel,
+                      TileByPanels<T>{buffers_.queries + begin * q_stride_, q_stride_,
+                                      buffers_.key_panels + panel * p_.dim, kCols<T>, kCols<T> * p_.dim, weights + panel,
+                                      s_stride_},
+                      false);
+      multiply<false>(end - begin, p_.v_dim, to - panel,
+                      TileByPanels<T>{buffers_.grads + begin * v_stride_, v_stride_,
+                                      buffers_.value_panels + panel * p_.v_dim, kCols<T>, kCols<T> * p_.v_dim,
+                                      grads + panel, s_stride_},
+                      false);
+      for (int64_t r = 0; r < end - begin; ++r) {
+        std::fill(weights + r * s_stride_ + panel, weights + r * s_stride_ + from, T(0));
+        std::fill(grads + r * s_stride_ + panel, grads + r * s_stride_ + from, T(0));
+        const Keys own = rule.seen(begin + r).clipped(first + keys.begin, first + keys.end);
+        buffers_.rows[begin - block.begin + r] =
+            weigh_row(rule, begin + r, first, {own.begin - first, own.end - first}, from, to, weights + r * s_stride_,
+                      grads + r * s_stride_);
+      }
+      multiply<false>(end - begin, keys.end - keys.begin, p_.dim,
+                      TileByPanels<T>{grads + keys.begin, s_stride_, buffers_.key_rows + keys.begin * q_stride_,
+                                      q_stride_, kCols<T>, buffers_.grad_q + begin * q_stride_, q_stride_},
+                      true);
+    }
+  }
+
+  // Products with keys become weights (dropped ones zero), products with values the gradients of scores, in [from, to).
+  Keys weigh_row(const HeadScores<S>& rule, int64_t query, int64_t first, Keys own, int64_t from, int64_t to, T* weights,
+                 T* grads) {
+    const T lse = p_.lse.data[lse_place(head_, query)];
+    if (own.empty() || lse == -std::numeric_limits<T>::infinity()) {
+      std::fill(weights + from, weights + to, T(0));
+      std::fill(grads + from, grads + to, T(0));
+      return {0, 0};
+    }
+    if (!rule.plain()) rule.transform(query, first, own, weights, buffers_.capped);
+    const V scale = V::broadcast(rule.scale()), shift = V::broadcast(-lse), delta = V::broadcast(buffers_.delta[query]);
+    const bool drops = dropout_.active();
+    if (drops) dropout_.factors(static_cast<uint64_t>(lse_place(head_, query)), first, from, to, buffers_.factors);
+    for_vectors<T>(from, to, [&](auto kind, int64_t i) FASTLM_LAMBDA_INLINE {
+      using W = decltype(kind);
+      const W weight = exp_nonpositive(fma(W::load(weights + i), W::broadcast(scale.raw[0]), W::broadcast(shift.raw[0])));
+      W grad = W::load(grads + i), kept = weight;
+      if (drops) {
+        const W factor = W::load(buffers_.factors + i);
+        grad = grad * factor, kept = weight * factor;
+      }
+      kept.store(weights + i);
+      (weight * (grad - W::broadcast(delta.raw[0]))).store(grads + i);
+    });
+    for (T* row : {weights, grads}) {
+      std::fill(row + from, row + own.begin, T(0));
+      std::fill(row + own.end, row + to, T(0));
+    }
+    if (p_.grad_bias.data) add_to_bias(query, first, own, grads);
+    if (p_.softcap != 0)
+      for (int64_t i = own.begin; i < own.end; ++i) {
+        const T ratio = buffers_.capped[i] / p_.softcap;
+        grads[i] *= 1 - ratio * ratio;
+      }
+    return own;
+  }
+
+  void add_to_bias(int64_t query, int64_t first, Keys own, const T* grads) const {
+    const auto& to = p_.grad_bias;
+    T* row = to.data + b_ * to.batch + head_ * to.head + query * to.query + first * to.key;
+    for (int64_t i = own.begin; i < own.end; ++i) row[i * to.key] += grads[i];
+  }
+
+  // The block's part of dK and dV, for tiles of keys, over the queries that see some of them.
+  void add_to_keys(Team::Range block, int64_t first, int64_t last) {
+    const int64_t rows = block.end - block.begin, keys = last - first, tiles = (keys + kTileRows - 1) / kTileRows;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t n = keys * t / tiles, end = keys * (t + 1) / tiles, key = first - begin_ + n;
+      const auto sees = [&](int64_t r) { return buffers_.rows[r].begin < end && buffers_.rows[r].end > n; };
+      int64_t low = 0, high = rows;
+      while (low < high && !sees(low)) ++low;
+      while (low < high && !sees(high - 1)) --high;
+      if (low == high) continue;
+      const int64_t query = block.begin + low;
+      multiply<true>(end - n, high - low, p_.v_dim,
+                     TileByPanels<T>{buffers_.weights + low * s_stride_ + n, s_stride_,
+                                     buffers_.grads + query * v_stride_, v_stride_, kCols<T>,
+                                     buffers_.grad_v + key * v_stride_, v_stride_},
+                     true);
+      multiply<true>(end - n, high - low, p_.dim,
+                     TileByPanels<T>{buffers_.grad_scores + low * s_stride_ + n, s_stride_,
+                                     buffers_.queries + query * q_stride_, q_stride_, kCols<T>,
+                                     buffers_.grad_k + key * q_stride_, q_stride_},
+                     true);
+    }
+  }
+
+  const AttentionBackwardParams<S>& p_;
+  const AttentionPlan& plan_;
+  const Buffers buffers_;
+  const int64_t group_;
+  const Dropout dropout_;
+  const int64_t q_stride_, v_stride_, s_stride_ = row_stride<T>(kBlock);
+  int64_t b_ = 0, kv_head_ = 0, head_ = 0, part_ = 0, begin_ = 0, end_ = 0;
+  AttentionSequence sequence_{};
+};
+
+}  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

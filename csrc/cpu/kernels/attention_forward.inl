@@ -1,0 +1,183 @@
+// Attention forward: flash tiles (Dao et al. 2022, arXiv:2205.14135) with the online softmax; nothing of Tq x Tk stored.
+//
+// An item is a range of queries of all query heads that share keys. It takes in the keys a chunk after another: packs
+// what of it some query sees, then for each tile of up to kTileRows queries makes the products with the keys, their
+// exponentials, and adds the products with the values to sums that stay in L2.
+#pragma once
+
+#include "cpu/kernels/attention_scores.inl"
+
+namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
+
+constexpr int64_t kChunkKeys = 256;  // whose keys and values stay in L2 while all tiles pass
+
+template <class S>
+class AttentionForward {
+ public:
+  using T = Compute<S>;
+  using V = Vec<T>;
+
+  // Scratch of one member.
+  struct Buffers {
+    T *key_panels, *values, *queries, *sums, *scores, *factors;
+    Softmax<T>* softmax;
+    Keys* seen;  // of every tile, in the chunk at hand
+
+    static Buffers take(Workspace& workspace, const AttentionParams<S>& p, int64_t rows) {
+      Buffers b;
+      b.key_panels = workspace.take<T>(kChunkKeys * p.dim);
+      b.values = workspace.take<T>(kChunkKeys * row_stride<T>(p.v_dim));
+      b.queries = workspace.take<T>(rows * row_stride<T>(p.dim));
+      b.sums = workspace.take<T>(rows * row_stride<T>(p.v_dim));
+      b.scores = workspace.take<T>(kTileRows * row_stride<T>(kChunkKeys));
+      b.factors = workspace.take<T>(kChunkKeys);
+      b.softmax = workspace.take<Softmax<T>>(rows);
+      b.seen = workspace.take<Keys>(rows);
+      return b;
+    }
+  };
+
+  AttentionForward(const AttentionForwardParams<S>& p, const Buffers& buffers)
+      : p_(p),
+        buffers_(buffers),
+        group_(p.q_heads / p.kv_heads),
+        dropout_(Dropout::make(p.dropout, p.seed)),
+        q_stride_(row_stride<T>(p.dim)),
+        v_stride_(row_stride<T>(p.v_dim)),
+        s_stride_(row_stride<T>(kChunkKeys)) {}
+
+  void run(const AttentionItem& item) {
+    item_ = item;
+    sequence_ = attention_sequence(p_, item.b);
+    queries_ = item.end - item.begin;
+    tiles_ = (queries_ + kTileRows - 1) / kTileRows;
+    start();
+    const int64_t last = reach().end;
+    for (int64_t first = reach().begin / kChunkKeys * kChunkKeys; first < last; first += kChunkKeys) chunk(first);
+    finish();
+  }
+
+ private:
+  int64_t head(int64_t g) const { return item_.kv_head * group_ + g; }
+  HeadScores<S> scores(int64_t g) const { return {p_, sequence_, item_.b, head(g)}; }
+  // Tile t's queries, counted from the item's first.
+  Team::Range tile(int64_t t) const { return {queries_ * t / tiles_, queries_ * (t + 1) / tiles_}; }
+
+  void start() {
+    for (int64_t g = 0; g < group_; ++g)
+      copy_rows(p_.q.data + item_.b * p_.q.batch + head(g) * p_.q.head +
+                    (sequence_.q_begin + item_.begin) * p_.q.time,
+                p_.q.time, queries_, p_.dim, buffers_.queries + g * queries_ * q_stride_, q_stride_);
+    std::fill_n(buffers_.sums, group_ * queries_ * v_stride_, T(0));
+    std::fill_n(buffers_.softmax, group_ * queries_, Softmax<T>::start());
+  }
+
+  // What the item's queries see, the mask apart.
+  Keys reach() const {
+    const auto any = scores(0);
+    return {any.seen(item_.begin).begin, any.seen(item_.end - 1).end};
+  }
+
+  void chunk(int64_t first) {
+    const int64_t last = std::min(first + kChunkKeys, sequence_.k_len);
+    Keys needed{kChunkKeys, 0};
+    for (int64_t g = 0; g < group_; ++g) {
+      const auto rule = scores(g);
+      for (int64_t t = 0; t < tiles_; ++t) {
+        Keys keys = rule.seen(item_.begin + tile(t).begin, item_.begin + tile(t).end, first, last);
+        keys = {keys.begin - first, keys.end - first};
+        buffers_.seen[g * tiles_ + t] = keys;
+        if (!keys.empty()) needed = {std::min(needed.begin, keys.begin), std::max(needed.end, keys.end)};
+      }
+    }
+    if (needed.empty()) return;
+    pack(first, needed);
+    for (int64_t g = 0; g < group_; ++g) {
+      const auto rule = scores(g);
+      for (int64_t t = 0; t < tiles_; ++t)
+        if (!buffers_.seen[g * tiles_ + t].empty()) attend(rule, g, tile(t), first, buffers_.seen[g * tiles_ + t]);
+    }
+  }
+
+  void pack(int64_t first, Keys keys) {
+    const int64_t row = sequence_.k_begin + first;
+    pack_keys(p_.k.data + item_.b * p_.k.batch + item_.kv_head * p_.k.head + row * p_.k.time, p_.k.time, keys, p_.dim,
+              buffers_.key_panels);
+    copy_rows(p_.v.data + item_.b * p_.v.batch + item_.kv_head * p_.v.head + (row + keys.begin) * p_.v.time, p_.v.time,
+              keys.end - keys.begin, p_.v_dim, buffers_.values + keys.begin * v_stride_, v_stride_);
+  }
+
+  // One tile of queries of head g with `keys` of the chunk from `first` on.
+  void attend(const HeadScores<S>& rule, int64_t g, Team::Range tile, int64_t first, Keys keys) {
+    const int64_t rows = tile.end - tile.begin, place = g * queries_ + tile.begin;
+    const int64_t panel = keys.begin / kCols<T> * kCols<T>, begin = lanes_down<T>(keys.begin),
+                  end = lanes_up<T>(keys.end);
+    T* s = buffers_.scores;
+    T* sums = buffers_.sums + place * v_stride_;
+    multiply<false>(rows, p_.dim, end - panel,
+                    TileByPanels<T>{buffers_.queries + place * q_stride_, q_stride_, buffers_.key_panels + panel * p_.dim,
+                                    kCols<T>, kCols<T> * p_.dim, s + panel, s_stride_},
+                    false);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t query = item_.begin + tile.begin + r;
+      T* row = s + r * s_stride_;
+      const Keys own = rule.seen(query).clipped(first + keys.begin, first + keys.end);
+      const Keys here{own.begin - first, own.end - first};
+      if (!rule.plain() && !here.empty()) rule.transform(query, first, here, row, nullptr);
+      const T factor = buffers_.softmax[place + r].add(row, begin, end, here, rule.scale());
+      if (factor != T(1)) scale_row(sums + r * v_stride_, factor);
+      if (dropout_.active()) drop(query, g, first, begin, end, row);
+    }
+    multiply<false>(rows, keys.end - keys.begin, p_.v_dim,
+                    TileByPanels<T>{s + keys.begin, s_stride_, buffers_.values + keys.begin * v_stride_, v_stride_,
+                                    kCols<T>, sums, v_stride_},
+                    true);
+  }
+
+  void scale_row(T* row, T factor) const {
+    for (int64_t i = 0; i < p_.v_dim; i += V::kLanes) (V::load(row + i) * V::broadcast(factor)).store(row + i);
+  }
+
+  void drop(int64_t query, int64_t g, int64_t first, int64_t begin, int64_t end, T* row) {
+    dropout_.factors(lse_place(query, g), first, begin, end, buffers_.factors);
+    for (int64_t i = begin; i < end; i += V::kLanes) (V::load(row + i) * V::load(buffers_.factors + i)).store(row + i);
+  }
+
+  int64_t lse_place(int64_t query, int64_t g) const {
+    return item_.b * p_.lse.batch + head(g) * p_.lse.head + sequence_.q_begin + query;
+  }
+
+  void finish() {
+    for (int64_t g = 0; g < group_; ++g) {
+      S* to = p_.output.data + item_.b * p_.output.batch + head(g) * p_.output.head +
+              (sequence_.q_begin + item_.begin) * p_.output.time;
+      for (int64_t i = 0; i < queries_; ++i, to += p_.output.time) {
+        const int64_t place = g * queries_ + i;
+        const T lse = write_attended(buffers_.softmax[place], buffers_.sums + place * v_stride_, p_.v_dim, to);
+        p_.lse.data[lse_place(item_.begin + i, g)] = lse;
+      }
+    }
+  }
+
+ public:
+  // Divides a query's sums by the sum of its exponentials; returns the logarithm.
+  static T write_attended(const Softmax<T>& softmax, const T* sums, int64_t v_dim, S* to) {
+    const bool nothing = softmax.sum == 0;
+    const V factor = V::broadcast(1 / softmax.sum);
+    for (int64_t d = 0; d < v_dim; d += V::kLanes)
+      store_as(nothing ? V::zero() : V::load(sums + d) * factor, to + d, v_dim - d);
+    return nothing ? -std::numeric_limits<T>::infinity() : softmax.max + std::log(softmax.sum);
+  }
+
+ private:
+  const AttentionForwardParams<S>& p_;
+  const Buffers buffers_;
+  const int64_t group_;
+  const Dropout dropout_;
+  const int64_t q_stride_, v_stride_, s_stride_;
+  AttentionItem item_{};
+  AttentionSequence sequence_{};
+  int64_t queries_ = 0, tiles_ = 0;
+};
+
+}  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

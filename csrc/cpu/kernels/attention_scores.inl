@@ -1,0 +1,296 @@
+// What a query sees, and what becomes of its products with the keys: the part of attention that forward, decoding and
+// backward share.
+#pragma once
+
+#include <limits>
+
+#include "cpu/attention.h"
+#include "cpu/kernels/gemm.inl"
+#include "cpu/simd/math.h"
+
+namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
+
+// A range of keys.
+struct Keys {
+  int64_t begin, end;
+  bool empty() const { return begin >= end; }
+  Keys clipped(int64_t from, int64_t to) const { return {std::max(begin, from), std::min(end, to)}; }
+};
+
+template <class T>
+constexpr int64_t lanes_down(int64_t n) {
+  return n / Vec<T>::kLanes * Vec<T>::kLanes;
+}
+template <class T>
+constexpr int64_t lanes_up(int64_t n) {
+  return lanes_down<T>(n + Vec<T>::kLanes - 1);
+}
+
+// Rows are kept dense at a stride of an odd number of cache lines, so that a column of them uses all of the cache.
+template <class T>
+int64_t row_stride(int64_t width) {
+  const int64_t line = 64 / sizeof(T);
+  return ((width + line - 1) / line | 1) * line;
+}
+
+// Rows converted and filled up with zeros to whole vectors.
+template <class S, class T>
+void copy_rows(const S* from, int64_t from_stride, int64_t rows, int64_t width, T* to, int64_t to_stride) {
+  using V = Vec<T>;
+  for (int64_t r = 0; r < rows; ++r, from += from_stride, to += to_stride)
+    for (int64_t i = 0; i < width; i += V::kLanes) load_as<V>(from + i, width - i).store(to + i);
+}
+
+// All panels [dim][kCols] that hold some of the keys, which count from the first panel's first one.
+template <class S, class T>
+void pack_keys(const S* first, int64_t stride, Keys keys, int64_t dim, T* panels) {
+  for (int64_t n = keys.begin / kCols<T> * kCols<T>; n < keys.end; n += kCols<T>)
+    pack_transposed(first + n * stride, stride, dim, std::min(kCols<T>, keys.end - n), panels + n * dim);
+}
+
+// C (rows <= kTileRows, cols rounded up to vectors) = [C +] A B, where panel i of B begins at b + i * panel_step.
+template <class T>
+struct TileByPanels {
+  const T* a;
+  int64_t a_stride;  // of rows, or for kColumns of columns
+  const T* b;
+  int64_t b_stride, panel_step;
+  T* c;
+  int64_t c_stride;
+};
+template <bool kColumns, class T>
+void run_narrow_tile(int rows, int64_t vectors, const TileParams<T>& p) {
+  using Tile = void (*)(const TileParams<T>&);
+#define FASTLM_TILES(N)                                                                               \
+  {tile_product<T, T, 1, N, 1, kColumns>, tile_product<T, T, 2, N, 1, kColumns>,                      \
+   tile_product<T, T, 3, N, 1, kColumns>, tile_product<T, T, 4, N, 1, kColumns>,                      \
+   tile_product<T, T, 5, N, 1, kColumns>, tile_product<T, T, 6, N, 1, kColumns>}
+  static constexpr Tile kTiles[][kTileRows] = {
+      FASTLM_TILES(1), FASTLM_TILES(2),
+#if FASTLM_VECTOR_BYTES == 64
+      FASTLM_TILES(3), FASTLM_TILES(4),
+#endif
+  };
+#undef FASTLM_TILES
+  kTiles[vectors - 1][rows - 1](p);
+}
+template <bool kColumns, class T>
+void multiply(int64_t rows, int64_t depth, int64_t cols, const TileByPanels<T>& p, bool accumulate) {
+  for (int64_t k = 0; k < depth; k += kBlockDepth<T>, accumulate = true)
+    for (int64_t col = 0; col < cols; col += kCols<T>) {
+      const int64_t vectors = (std::min(kCols<T>, cols - col) + Vec<T>::kLanes - 1) / Vec<T>::kLanes;
+      const T* panel = p.b + col / kCols<T> * p.panel_step + k * p.b_stride;
+      run_narrow_tile<kColumns>(static_cast<int>(rows), vectors,
+                                TileParams<T>{p.a + k * (kColumns ? p.a_stride : 1), p.a_stride, panel, p.b_stride,
+                                              std::min(kBlockDepth<T>, depth - k), p.c + col, p.c_stride,
+                                              accumulate ? Init::kAccumulate : Init::kZero, nullptr, panel});
+    }
+}
+
+template <class T>
+T largest(Vec<T> x) {
+  T lanes[Vec<T>::kLanes];
+  x.store(lanes);
+  T result = lanes[0];
+  for (T lane : lanes) result = lane > result ? lane : result;
+  return result;
+}
+template <class T>
+T total(Vec<T> x) {
+  const auto quad = fold(x);
+  T sum = quad[0];
+  for (size_t i = 1; i < 16 / sizeof(T); ++i) sum += quad[i];
+  return sum;
+}
+
+// Runs body(V, i) for vectors of T from begin to end, several at a time where there are enough.
+template <class T, class Body>
+FASTLM_INLINE void for_vectors(int64_t begin, int64_t end, const Body& body) {
+  using V = Vec<T>;
+  using Four = Pack<T, 4>;
+  int64_t i = begin;
+  for (; i + Four::kLanes <= end; i += Four::kLanes) body(Four{}, i);
+  for (; i < end; i += V::kLanes) body(V{}, i);
+}
+
+// Dropout: a murmur3-style finaliser (A. Appleby) over the key's index under two words per row, which come from the seed
+// and the row's place by splitmix64 (Steele et al. 2014). Kept where the hash reaches the threshold.
+struct Dropout {
+  uint64_t seed;
+  uint32_t threshold;
+  double keep_scale;
+
+  static Dropout make(double probability, int64_t seed) {
+    const double threshold = probability * 4294967296.;
+    return {static_cast<uint64_t>(seed), static_cast<uint32_t>(std::min(threshold, 4294967295.)),
+            probability < 1 ? 1 / (1 - probability) : 0};
+  }
+  bool active() const { return threshold > 0; }
+
+  // factors[i] for key `first + i`, i in [begin, end): 0 or keep_scale.
+  template <class T>
+  void factors(uint64_t row, int64_t first, int64_t begin, int64_t end, T* factors) const {
+    uint64_t z = seed + 0x9e3779b97f4a7c15u * (row + 1);
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    z ^= z >> 31;
+    const auto low = static_cast<uint32_t>(z), high = static_cast<uint32_t>(z >> 32);
+    const auto scale = static_cast<T>(keep_scale);
+    const uint32_t base = static_cast<uint32_t>(first) + low, limit = threshold;
+    for (int64_t i = begin; i < end; ++i) {
+      uint32_t x = (base + static_cast<uint32_t>(i)) * 0x85ebca6bu;
+      x = ((x ^ x >> 15) + high) * 0xc2b2ae35u;
+      x = (x ^ x >> 13) * 0x27d4eb2fu;
+      x ^= x >> 16;
+      factors[i] = x >= limit ? scale : T(0);
+    }
+  }
+};
+
+// The queries of one head of one sequence.
+template <class S>
+class HeadScores {
+ public:
+  using T = Compute<S>;
+  using V = Vec<T>;
+
+  HeadScores(const AttentionParams<S>& p, const AttentionSequence& sequence, int64_t b, int64_t head)
+      : p_(p), sequence_(sequence) {
+    if (p.keep.data) keep_ = p.keep.data + b * p.keep.batch + head * p.keep.head;
+    if (p.bias.data) bias_ = p.bias.data + b * p.bias.batch + head * p.bias.head;
+    if (p.slopes.data) slope_ = p.slopes.data[b * p.slopes.batch + head * p.slopes.head];
+    plain_ = !keep_ && !bias_ && !p.slopes.data && p.softcap == 0 && p.scale > 0;
+  }
+
+  // Whether the products times scale() are the scores; else transform() makes them and they count as they are.
+  bool plain() const { return plain_; }
+  T scale() const { return plain_ ? p_.scale : T(1); }
+
+  Keys seen(int64_t query) const {
+    const int64_t position = query + sequence_.offset, n = sequence_.k_len;
+    Keys keys{0, n};
+    if (p_.left >= 0) keys.begin = std::clamp<int64_t>(position - p_.left, 0, n);
+    if (p_.right >= 0) keys.end = std::clamp<int64_t>(position + p_.right + 1, keys.begin, n);
+    return keys;
+  }
+  // What the queries [begin, end) see of the keys from `first` to `last`; both ends of what one sees rise with it.
+  Keys seen(int64_t begin, int64_t end, int64_t first, int64_t last) const {
+    const Keys keys = Keys{seen(begin).begin, seen(end - 1).end}.clipped(first, last);
+    return keep_ && !keys.empty() ? kept(begin, end, keys) : keys;
+  }
+
+  // Products with the keys `first` + [keys.begin, keys.end) become scores, to whole vectors. `capped` (or null) gets
+  // them as softcap left them.
+  void transform(int64_t query, int64_t first, Keys keys, T* s, T* capped) const {
+    const auto scale = p_.scale, cap = p_.softcap;
+    const int64_t begin = lanes_down<T>(keys.begin), end = lanes_up<T>(keys.end);
+    for (int64_t i = begin; i < end; i += V::kLanes) {
+      V x = V::load(s + i) * V::broadcast(scale);
+      if (cap != 0) {
+        x = V::broadcast(cap) * tanh(x * V::broadcast(1 / cap));
+        if (capped) x.store(capped + i);
+      }
+      x.store(s + i);
+    }
+    if (p_.slopes.data) add_alibi(first - query - sequence_.offset, begin, end, s);
+    if (bias_) add_bias(bias_ + query * p_.bias.query + first * p_.bias.key, keys, s);
+    if (keep_) mask(keep_ + query * p_.keep.query + first * p_.keep.key, keys, s);
+  }
+
+ private:
+  void add_alibi(int64_t distance, int64_t begin, int64_t end, T* s) const {
+    for (int64_t i = begin; i < end; ++i) s[i] -= slope_ * static_cast<T>(std::abs(distance + i));
+  }
+  void add_bias(const S* bias, Keys keys, T* s) const {
+    if (p_.bias.key == 1)
+      for (int64_t i = keys.begin; i < keys.end; i += V::kLanes) {
+        const int64_t n = std::min<int64_t>(V::kLanes, keys.end - i);
+        (V::load_partial(s + i, n) + load_as<V>(bias + i, n)).store_partial(s + i, n);
+      }
+    else
+      for (int64_t i = keys.begin; i < keys.end; ++i) s[i] += widen(bias[i * p_.bias.key]);
+  }
+  void mask(const bool* keep, Keys keys, T* s) const {
+    constexpr T kOut = -std::numeric_limits<T>::infinity();
+    if (p_.keep.key == 1)
+      for (int64_t i = keys.begin; i < keys.end; ++i) s[i] = keep[i] ? s[i] : kOut;
+    else
+      for (int64_t i = keys.begin; i < keys.end; ++i) s[i] = keep[i * p_.keep.key] ? s[i] : kOut;
+  }
+  // The keys without those at either end that the mask hides from all of these queries.
+  Keys kept(int64_t begin, int64_t end, Keys keys) const {
+    const int64_t rows = p_.keep.query ? end - begin : 1;
+    Keys found{keys.end, keys.begin};
+    for (int64_t r = 0; r < rows; ++r) {
+      const bool* keep = keep_ + (begin + r) * p_.keep.query;
+      const int64_t step = p_.keep.key;
+      int64_t i = keys.begin;
+      if (step == 1)
+        for (uint64_t eight; i + 8 <= found.begin; i += 8) {
+          memcpy(&eight, keep + i, 8);
+          if (eight) break;
+        }
+      while (i < found.begin && !keep[i * step]) ++i;
+      found.begin = std::min(found.begin, i);
+      int64_t j = keys.end;
+      if (step == 1)
+        for (uint64_t eight; j - 8 >= found.end && j - 8 > i; j -= 8) {
+          memcpy(&eight, keep + j - 8, 8);
+          if (eight) break;
+        }
+      while (j > found.end && j > i && !keep[(j - 1) * step]) --j;
+      if (j > i) found.end = std::max(found.end, j);
+    }
+    return found;
+  }
+
+  const AttentionParams<S>& p_;
+  const AttentionSequence& sequence_;
+  const bool* keep_ = nullptr;
+  const S* bias_ = nullptr;
+  T slope_ = 0;
+  bool plain_;
+};
+
+// The online softmax of one query (Milakov and Gimelshein 2018): the largest score and the sum of exponentials so far.
+template <class T>
+struct Softmax {
+  T max, sum;
+
+  static Softmax start() { return {-std::numeric_limits<T>::infinity(), T(0)}; }
+
+  // Scores scale * s[i], i in `own`, become exp(score - max), and 0 in the rest of [begin, end), whole vectors that hold
+  // `own`. Returns the factor that what was summed up before is to be multiplied with.
+  T add(T* s, int64_t begin, int64_t end, Keys own, T scale) {
+    constexpr T kOut = -std::numeric_limits<T>::infinity();
+    own = {std::max(own.begin, begin), std::max(own.end, begin)};
+    std::fill(s + begin, s + std::min(own.begin, end), kOut);
+    std::fill(s + std::min(std::max(own.end, own.begin), end), s + end, kOut);
+    using V = Vec<T>;
+    V top[4];
+    for (auto& t : top) t = V::broadcast(kOut);
+    int64_t i = begin;
+    for (; i + 4 * V::kLanes <= end; i += 4 * V::kLanes)
+      for (int j = 0; j < 4; ++j) top[j] = at_least(top[j], V::load(s + i + j * V::kLanes));
+    for (; i < end; i += V::kLanes) top[0] = at_least(top[0], V::load(s + i));
+    const T here = largest(at_least(at_least(top[0], top[1]), at_least(top[2], top[3]))) * scale;
+    const T before = max;
+    if (!(here <= max)) max = here;
+    const T shift = max == kOut ? T(0) : max;
+    V sums[2] = {V::zero(), V::zero()};
+    for_vectors<T>(begin, end, [&](auto kind, int64_t at) FASTLM_LAMBDA_INLINE {
+      using W = decltype(kind);
+      const W e = exp_nonpositive(fma(W::load(s + at), W::broadcast(scale), W::broadcast(-shift)));
+      e.store(s + at);
+      if constexpr (W::kParts > 1)
+        for (int j = 0; j < W::kParts; ++j) sums[j % 2] = sums[j % 2] + e.parts[j];
+      else
+        sums[0] = sums[0] + e;
+    });
+    const T factor = before == max ? T(1) : std::exp(before - max);
+    sum = sum * factor + total(sums[0] + sums[1]);
+    return factor;
+  }
+};
+
+}  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

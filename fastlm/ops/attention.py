@@ -1,0 +1,450 @@
+"""Softmax attention: public functions, shape (fake) functions and autograd."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlm.ops import _common, reference
+
+_forward = torch.ops.fastlm.attention_forward.default
+_backward = torch.ops.fastlm.attention_backward.default
+_forward_plain = partial(_common.call, _forward, False)
+_CAUSAL = (None, "upper_left", "lower_right")
+_UNLIMITED = -1
+
+
+class _Options(NamedTuple):
+    """What follows q, k and v in the op."""
+
+    keep: Tensor | None = None
+    bias: Tensor | None = None
+    slopes: Tensor | None = None
+    kv_lengths: Tensor | None = None
+    q_starts: Tensor | None = None
+    k_starts: Tensor | None = None
+    seed: Tensor | None = None
+    scale: float = 1.0
+    softcap: float = 0.0
+    dropout: float = 0.0
+    lower_right: bool = False
+    left: int = _UNLIMITED
+    right: int = _UNLIMITED
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Drop-in for torch.nn.functional.scaled_dot_product_attention.
+
+    Args:
+        query (Tensor): (..., Hq, Tq, D), or (Tq, D); float32, float64 or bfloat16. Any strides.
+        key (Tensor): (..., H, Tk, D).
+        value (Tensor): (..., H, Tk, Dv).
+        attn_mask (Tensor, optional): broadcasts against (..., Hq, Tq, Tk). bool: True takes part; floating: added to
+            the scores, of query's dtype or float32, gets a gradient. Default: None.
+        dropout_p (float): probability of dropping a weight, in evaluation too. Default: 0.
+        is_causal (bool): query i sees the keys j <= i, besides attn_mask. Default: False.
+        scale (float, optional): factor of the scores. Default: 1 / sqrt(D).
+        enable_gqa (bool): H may divide Hq; query head h then reads head h // (Hq / H). Default: False.
+
+    Returns:
+        output (Tensor): (..., Hq, Tq, Dv), in memory in the order of query's dimensions.
+
+    Differs from torch where torch's own back ends disagree: a row that sees nothing gives 0, NaN in what a row sees
+    propagates, is_causal and attn_mask combine, and any scale works with any mask.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or a number is out of range.
+        TypeError: an argument is no Tensor.
+    """
+    tensors = {"query": query, "key": key, "value": value}
+    _common.check_same(tensors)
+    for name, tensor in tensors.items():
+        if tensor.dim() < 2:
+            raise ValueError(f"{name}: expected at least 2 dimensions, got shape {tuple(tensor.shape)}")
+    if not enable_gqa and query.dim() > 2 and key.dim() > 2 and query.shape[-3] != key.shape[-3]:
+        # Heads of size 1 broadcast, as in torch; others need enable_gqa.
+        if 1 not in (query.shape[-3], key.shape[-3]):
+            raise ValueError(
+                f"key: expected {query.shape[-3]} heads (those of query) without enable_gqa, got {key.shape[-3]}"
+            )
+    q, k, v, batch = _four_dims(query, key, value)
+    mask = None if attn_mask is None else _mask_of_four_dims(attn_mask, batch, (q.shape[-2], k.shape[-2]))
+    output = attention(
+        q, k, v, mask=mask, causal="upper_left" if is_causal else None, scale=scale, dropout_p=dropout_p
+    )
+    return output.reshape(*batch, *output.shape[-2:])  # type: ignore[union-attr]
+
+
+def _four_dims(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Sequence[int]]:
+    """The three as (B, H, T, D), and the leading dimensions of the result."""
+    leading = [tensor.shape[:-2] for tensor in (query, key, value)]
+    if all(len(shape) == 2 for shape in leading) and leading[0][0] == leading[1][0] == leading[2][0]:
+        if leading[1][1] == leading[2][1] and leading[1][1] != 0 and leading[0][1] % leading[1][1] == 0:
+            return query, key, value, leading[0]
+    heads = [shape[-1] if shape else 1 for shape in leading]
+    try:
+        batch = torch.broadcast_shapes(*(shape[:-1] for shape in leading))
+    except RuntimeError:
+        raise ValueError(
+            "query, key, value: expected leading dimensions that broadcast, got "
+            + ", ".join(str(tuple(shape)) for shape in leading)
+        ) from None
+    kv_heads = max(heads[1:]) if 0 not in heads[1:] else 0
+    q_heads = heads[0] if heads[0] != 1 else kv_heads
+    made = [
+        tensor.expand(*batch, count, *tensor.shape[-2:]).reshape(-1 if batch else 1, count, *tensor.shape[-2:])
+        if tensor.numel() or not batch
+        else tensor.new_empty(math.prod(batch), count, *tensor.shape[-2:])
+        for tensor, count in zip((query, key, value), (q_heads, kv_heads, kv_heads), strict=True)
+    ]
+    ranked = batch if all(len(shape) == 0 for shape in leading) else (*batch, q_heads)
+    return made[0], made[1], made[2], ranked
+
+
+def _mask_of_four_dims(mask: Any, batch: Sequence[int], sizes: tuple[int, int]) -> Tensor:
+    """A mask against (*batch, Tq, Tk) as one of at most 4 dimensions against (B, H, Tq, Tk)."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attn_mask: expected a Tensor, got {type(mask).__name__}")
+    if mask.dim() <= 4 and len(batch) == 2:
+        return mask
+    full = (*batch, *sizes)
+    try:
+        torch.broadcast_shapes(mask.shape, full)
+        if mask.dim() > len(full):
+            raise RuntimeError
+    except RuntimeError:
+        raise ValueError(f"attn_mask: expected a shape that broadcasts to {full}, got {tuple(mask.shape)}") from None
+    if mask.dim() <= 2:
+        return mask
+    heads = batch[-1] if batch else 1
+    mask = mask.expand(*batch[:-1], mask.shape[-3] if batch else 1, *mask.shape[-2:])
+    del heads
+    return mask.reshape(-1, *mask.shape[-3:]) if len(batch) > 1 else mask
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: str | None = None,
+    window: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    kv_lengths: Tensor | list[int] | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(q k^T) v with all that models put into the scores; nothing of size Tq x Tk is stored.
+
+    Query i stands at position p = i, or i + Tk - Tq with causal="lower_right", where Tk is kv_lengths[b] if given. The
+    score of key j is made in this order: q k^T times scale, softcap, ALiBi, float mask; then keys are masked out.
+
+    Args:
+        q (Tensor): (B, Hq, Tq, D); float32, float64 or bfloat16. Any strides but those of D are read in place.
+        k (Tensor): (B, Hkv, Tk, D). Hkv divides Hq; query head h reads head h // (Hq / Hkv).
+        v (Tensor): (B, Hkv, Tk, Dv).
+        mask (Tensor, optional): broadcasts against (B, Hq, Tq, Tk), not materialised. bool: True takes part; floating:
+            added, of q's dtype or float32, differentiable. Default: None.
+        causal (str, optional): "upper_left": query i sees keys j <= i. "lower_right": j <= i + Tk - Tq, for new queries
+            against a cache. Default: None.
+        window (tuple of int): (left, right), query at p sees p - left <= j <= p + right; -1: unlimited. Default: both.
+        scale (float, optional): Default: 1 / sqrt(D).
+        softcap (float, optional): c > 0: scores become c tanh(score / c) (Gemma Team 2024). Default: None.
+        alibi_slopes (Tensor, optional): (Hq,) or (B, Hq), adds -slope |p - j| (Press et al. 2022). No gradient.
+        sinks (Tensor, optional): (Hq,), a score per head that takes part in the softmax but has no value (Xiao et al.
+            2024). Differentiable. Default: None.
+        kv_lengths (Tensor or list of int, optional): keys of every sequence, (B,), 0 to Tk; what lies past them is not
+            read. Default: None, all.
+        dropout_p (float): probability of dropping a weight, in [0, 1]; replayed in backward. Default: 0.
+        return_lse (bool): also return the log-sum-exp of the scores. Default: False.
+
+    Returns:
+        output (Tensor): (B, Hq, Tq, Dv), in memory in the order of q's dimensions. Rows that see nothing are 0.
+        lse (Tensor): with return_lse; (B, Hq, Tq), float32 (float64 for float64), -inf where a row sees nothing,
+            differentiable; with sinks it counts them.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or a number is out of range (the message names the argument,
+            expected and got).
+        TypeError: an argument has the wrong type.
+
+    Numerics: products and sums in float32 for bfloat16. Error against a float64 reference at most 2x (gradients 3x)
+    that of torch's attention, plus rounding. Results do not depend on the number of threads.
+    Flash attention: Dao et al. 2022 (arXiv:2205.14135).
+    """
+    _check_rank("q, k, v", (q, k, v), 4, "(B, H, T, D)")
+    _check_heads(q, k, v, head_dim=1)
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"k: expected batch {q.shape[0]} (that of q), got {k.shape[0]}")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"v: expected shape (B, Hkv, Tk, Dv) = {(*k.shape[:3], 'Dv')}, got {tuple(v.shape)}")
+    batch, q_heads, q_len, _ = q.shape
+    keep, bias = _check_mask(mask, q, (batch, q_heads, q_len, k.shape[2]))
+    if kv_lengths is not None:
+        kv_lengths = _common.integers("kv_lengths", kv_lengths)
+        _common.check_shape("kv_lengths", kv_lengths, (batch,), "(B,)")
+    options = _options(q, causal, window, scale, softcap, dropout_p)._replace(
+        keep=keep, bias=bias, slopes=_check_slopes(alibi_slopes, q, batch, q_heads), kv_lengths=kv_lengths
+    )
+    return _attend(q, k, v, options, _check_sinks(sinks, q, q_heads), return_lse)
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | list[int],
+    cu_seqlens_k: Tensor | list[int],
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    causal: str | None = None,
+    window: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` over sequences of several lengths that lie packed one after another, without padding.
+
+    Args:
+        q (Tensor): (total_q, Hq, D), the queries of all sequences.
+        k (Tensor): (total_k, Hkv, D).
+        v (Tensor): (total_k, Hkv, Dv).
+        cu_seqlens_q (Tensor or list of int): (B + 1,), any integer dtype: sequence b has the rows cu_seqlens_q[b] to
+            cu_seqlens_q[b + 1]; from 0 rising to at most total_q. Rows past the last give 0.
+        cu_seqlens_k (Tensor or list of int): (B + 1,), likewise for k and v.
+        max_seqlen_q (int, optional): the longest; taken as in other libraries, known from cu_seqlens_q here.
+        max_seqlen_k (int, optional): likewise.
+        causal, window, scale, softcap, alibi_slopes, sinks, dropout_p: as for `attention`, within each sequence.
+        return_lse (bool): also return lse. Default: False.
+
+    Returns:
+        output (Tensor): (total_q, Hq, Dv).
+        lse (Tensor): with return_lse; (Hq, total_q).
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, cu_seqlens does not rise or goes beyond the rows.
+        TypeError: an argument has the wrong type.
+    """
+    _check_rank("q, k, v", (q, k, v), 3, "(total, H, D)")
+    _check_heads(q, k, v, head_dim=1)
+    if k.shape[:2] != v.shape[:2]:
+        raise ValueError(f"v: expected shape (total_k, Hkv, Dv) = {(*k.shape[:2], 'Dv')}, got {tuple(v.shape)}")
+    q_starts = _common.integers("cu_seqlens_q", cu_seqlens_q)
+    k_starts = _common.integers("cu_seqlens_k", cu_seqlens_k)
+    for name, starts in (("cu_seqlens_q", q_starts), ("cu_seqlens_k", k_starts)):
+        if starts.dim() != 1 or starts.shape[0] == 0:
+            raise ValueError(f"{name}: expected shape (B + 1,), got {tuple(starts.shape)}")
+    _common.check_shape("cu_seqlens_k", k_starts, (q_starts.shape[0],), "(B + 1,)")
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if longest is not None and (not isinstance(longest, int | torch.SymInt) or longest < 0):
+            raise ValueError(f"{name}: expected an int of at least 0, got {longest!r}")
+    slopes = _check_slopes(alibi_slopes, q, q_starts.shape[0] - 1, q.shape[1])
+    options = _options(q, causal, window, scale, softcap, dropout_p)._replace(
+        slopes=slopes, q_starts=q_starts, k_starts=k_starts
+    )
+    return _attend(q, k, v, options, _check_sinks(sinks, q, q.shape[1]), return_lse)
+
+
+def _check_rank(names: str, tensors: tuple[Any, ...], rank: int, layout: str) -> None:
+    for name, tensor in zip(names.split(", "), tensors, strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+        if tensor.dim() != rank:
+            raise ValueError(f"{name}: expected {rank} dimensions {layout}, got shape {tuple(tensor.shape)}")
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> None:
+    _common.check_same({"q": q, "k": k, "v": v})
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"k: expected D = {q.shape[-1]} (that of q), got {k.shape[-1]}")
+    q_heads, kv_heads = q.shape[head_dim], k.shape[head_dim]
+    if q_heads % kv_heads if kv_heads else q_heads:
+        raise ValueError(f"k: expected a number of heads that divides q's {q_heads}, got {kv_heads}")
+
+
+def _check_mask(mask: Any, q: Tensor, full: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
+    """The mask as keep (bool) or bias (floating), with 4 dimensions."""
+    if mask is None:
+        return None, None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a Tensor, got {type(mask).__name__}")
+    if mask.dtype not in (torch.bool, q.dtype, torch.float32):
+        raise ValueError(f"mask: expected dtype torch.bool, {q.dtype} (that of q) or torch.float32, got {mask.dtype}")
+    if mask.device != q.device:
+        raise ValueError(f"mask: expected device {q.device} (that of q), got {mask.device}")
+    sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    if mask.dim() > 4 or any(size not in (1, whole) for size, whole in zip(sizes, full, strict=False)):
+        raise ValueError(
+            f"mask: expected a shape that broadcasts to (B, Hq, Tq, Tk) = {tuple(full)}, got {tuple(mask.shape)}"
+        )
+    mask = mask.reshape(sizes) if mask.dim() < 4 else mask
+    return (mask, None) if mask.dtype == torch.bool else (None, mask.to(q.dtype))
+
+
+def _check_slopes(slopes: Any, q: Tensor, batch: int, heads: int) -> Tensor | None:
+    """alibi_slopes as (B or 1, Hq, 1, 1)."""
+    if slopes is None:
+        return None
+    if not isinstance(slopes, Tensor):
+        raise TypeError(f"alibi_slopes: expected a Tensor, got {type(slopes).__name__}")
+    if slopes.requires_grad:
+        raise ValueError("alibi_slopes: expected a Tensor without requires_grad (they get no gradient), got one with it")
+    if tuple(slopes.shape) not in ((heads,), (batch, heads)):
+        raise ValueError(
+            f"alibi_slopes: expected shape (Hq,) = ({heads},) or (B, Hq) = ({batch}, {heads}), "
+            f"got {tuple(slopes.shape)}"
+        )
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return slopes.to(q.device, dtype).reshape(-1, heads, 1, 1)
+
+
+def _check_sinks(sinks: Any, q: Tensor, heads: int) -> Tensor | None:
+    if sinks is None:
+        return None
+    if not isinstance(sinks, Tensor):
+        raise TypeError(f"sinks: expected a Tensor, got {type(sinks).__name__}")
+    _common.check_shape("sinks", sinks, (heads,), "(Hq,)")
+    return sinks
+
+
+def _options(
+    q: Tensor, causal: Any, window: Any, scale: Any, softcap: Any, dropout_p: Any
+) -> _Options:
+    if causal not in _CAUSAL:
+        raise ValueError(f"causal: expected None, 'upper_left' or 'lower_right', got {causal!r}")
+    if not (isinstance(window, tuple | list) and len(window) == 2 and all(isinstance(n, int) for n in window)):
+        raise TypeError(f"window: expected two whole numbers (left, right), got {window!r}")
+    if min(window) < _UNLIMITED:
+        raise ValueError(f"window: expected numbers of at least 0, or -1 for unlimited, got {tuple(window)}")
+    if not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p: expected a number from 0 to 1, got {dropout_p!r}")
+    if softcap is not None and not softcap >= 0:
+        raise ValueError(f"softcap: expected a number above 0, or None, got {softcap!r}")
+    left, right = window
+    if causal is not None:
+        right = 0 if right == _UNLIMITED else min(right, 0)
+    return _Options(
+        # Drawn out here: an op that drew it could not be replayed.
+        seed=torch.randint(2**63 - 1, (), dtype=torch.int64) if dropout_p > 0 else None,
+        scale=1 / math.sqrt(q.shape[-1]) if scale is None and q.shape[-1] else float(1 if scale is None else scale),
+        softcap=float(softcap or 0),
+        dropout=float(dropout_p),
+        lower_right=causal == "lower_right",
+        left=left,
+        right=right,
+    )
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, options: _Options, sinks: Tensor | None, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    output, lse = _run(q, k, v, options)
+    if sinks is not None:
+        # The sink joins the sum of exponentials: a factor for all weights of a row.
+        packed = options.q_starts is not None
+        sink = sinks.to(lse.dtype)[:, None]
+        with_sink = torch.logaddexp(lse, sink.expand_as(lse))
+        share = torch.exp(lse - with_sink)
+        output = output * (share.mT if packed else share).unsqueeze(-1).to(output.dtype)
+        lse = with_sink
+    return (output, lse) if return_lse else output
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+    bias = options.bias
+    if _common.is_plain(q, k, v, bias):
+        record = _common.requires_grad(q, k, v, bias)
+        return (_recorded if record else _forward_plain)(q, k, v, *options)  # type: ignore[return-value]
+    (q, k, v, bias), kernel = _common.plan("attention", (q, k, v, bias))
+    options = options._replace(bias=bias)
+    if not kernel:
+        return reference.attention(q, k, v, *options)
+    return _common.call(_forward, _common.requires_grad(q, k, v, bias), q, k, v, *options)
+
+
+def _empty_heads(like: Tensor, width: int | torch.SymInt) -> Tensor:
+    """An empty (B, H, T, width), packed (rows, H, width), in memory in the order of like's dimensions."""
+    if like.dim() == 3 or like.stride(1) >= like.stride(2):
+        return like.new_empty((*like.shape[:-1], width))
+    batch, heads, rows, _ = like.shape
+    return like.new_empty((batch, rows, heads, width)).transpose(1, 2)
+
+
+@torch.library.register_fake("fastlm::attention_forward")
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    lse = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]
+    return _empty_heads(q, v.shape[-1]), q.new_empty(lse, dtype=_common.compute_dtype(q.dtype))
+
+
+@torch.library.register_fake("fastlm::attention_backward")
+def _backward_fake(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    keep: Tensor | None,
+    bias: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    need_bias = options[-1] and bias is not None
+    grad_bias = q.new_empty(bias.shape if need_bias else (0,), dtype=_common.compute_dtype(q.dtype))  # type: ignore[union-attr]
+    return (*(_empty_heads(tensor, tensor.shape[-1]) for tensor in (q, k, v)), grad_bias)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    options = _Options(*inputs[3:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:3], *options[:7], *output)
+    ctx.numbers = options[7:]
+
+
+def _autograd_backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    *inputs, output, lse = ctx.saved_tensors
+    q, k, v, *tensors = inputs
+    options = _Options(*tensors, *ctx.numbers)
+    nothing = (None,) * (len(_Options._fields) + 3)
+    if grad_output is None and grad_lse is None:
+        return nothing
+    needed = (*ctx.needs_input_grad[:3], ctx.needs_input_grad[4])
+    if torch.is_grad_enabled():
+        outputs = _common.recompute(lambda: reference.attention(q, k, v, *options))
+        leaves = (q, k, v, options.bias)
+        grads = _common.composed_grads(outputs, (grad_output, grad_lse), leaves, needed)
+    else:
+        grad_output = torch.zeros_like(output) if grad_output is None else grad_output
+        grads = _common.call(
+            _backward, False, grad_output, grad_lse, q, k, v, output, lse, *options, needed[3]
+        )
+    grad_q, grad_k, grad_v, grad_bias = (
+        grad if need else None for grad, need in zip(grads, needed, strict=True)
+    )
+    if grad_bias is not None:
+        grad_bias = grad_bias.to(q.dtype)
+    return (grad_q, grad_k, grad_v, None, grad_bias, *nothing[5:])
+
+
+torch.library.register_autograd("fastlm::attention_forward", _autograd_backward, setup_context=_setup_context)
+_recorded = _common.recorded(_forward, _setup_context, _autograd_backward)
