@@ -8,32 +8,61 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastlm import _native, _trace
 from fastlm._report import Report
-from fastlm.nn import GRU, LSTM, GRUCell, LSTMCell
+from fastlm.nn import GRU, LSTM, GRUCell, LSTMCell, MultiheadAttention
 from fastlm.nn._twin import TorchTwin, change_class
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 
-_TWINS: dict[type[Any], type[Any]] = {twin.torch_class: twin for twin in (GRU, LSTM, GRUCell, LSTMCell)}
+_TWINS: dict[type[Any], type[Any]] = {
+    twin.torch_class: twin for twin in (GRU, LSTM, GRUCell, LSTMCell, MultiheadAttention)
+}
 _NO_TWIN = {
     torch.nn.RNN: "no kernel for plain tanh or relu recurrence",
     torch.nn.RNNCell: "no kernel for plain tanh or relu recurrence",
-    torch.nn.MultiheadAttention: "not in this version of fastlm",
 }
 
 
 def replace(model: _Model) -> _Model:
     """Puts the modules of a model onto the kernels of fastlm, in place, and returns the model.
 
-    Every module that is exactly torch.nn.GRU, LSTM, GRUCell or LSTMCell becomes its fastlm.nn twin: the same object
-    with the same parameters, hooks and state_dict. Subclasses and parametrised modules are left alone;
-    `explain(model)` lists them. Doing it twice changes nothing more; `restore` undoes it.
+    Every module that is exactly torch.nn.GRU, LSTM, GRUCell, LSTMCell or MultiheadAttention becomes its fastlm.nn twin:
+    the same object with the same parameters, hooks and state_dict. Subclasses and parametrised modules are left alone;
+    `explain(model)` lists them. torch's TransformerEncoderLayer and TransformerEncoder around a replaced attention are
+    told not to run it as a whole, past its forward, in evaluation. Doing it twice changes nothing more; `restore` undoes
+    it.
     """
-    return _change_classes("replace", model, _TWINS)
+    _change_classes("replace", model, _TWINS)
+    for module in model.modules():
+        _decline_fast_path(module)
+    return model
 
 
 def restore(model: _Model) -> _Model:
     """Undoes `replace`: every fastlm.nn module becomes its torch.nn twin again, in place. Returns the model."""
-    return _change_classes("restore", model, {twin: torch_class for torch_class, twin in _TWINS.items()})
+    _change_classes("restore", model, {twin: torch_class for torch_class, twin in _TWINS.items()})
+    for module in model.modules():
+        for attribute, value in module.__dict__.pop(_TAKEN, {}).items():
+            setattr(module, attribute, value)
+    return model
+
+
+# What replace() took from a module of torch's, by attribute, so that restore() can put it back.
+_TAKEN = "_fastlm_taken"
+
+
+def _decline_fast_path(module: torch.nn.Module) -> None:
+    """Turns off what would run torch's own attention instead of a replaced one: a layer's and an encoder's fast path."""
+    if isinstance(module, torch.nn.TransformerEncoderLayer) and isinstance(module.self_attn, MultiheadAttention):
+        _take(module, "activation_relu_or_gelu", 0)
+    if isinstance(module, torch.nn.TransformerEncoder) and any(
+        isinstance(inner, MultiheadAttention) for inner in module.modules()
+    ):
+        _take(module, "use_nested_tensor", False)
+
+
+def _take(module: torch.nn.Module, attribute: str, value: object) -> None:
+    module.__dict__.setdefault(_TAKEN, {}).setdefault(attribute, getattr(module, attribute))
+    setattr(module, attribute, value)
 
 
 def _change_classes(function: str, model: _Model, new_classes: dict[type[Any], type[Any]]) -> _Model:

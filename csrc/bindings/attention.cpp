@@ -169,8 +169,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
                                              const OptionalTensor& seed, double scale, double softcap, double dropout,
                                              bool lower_right, int64_t left, int64_t right) {
   const AttentionCall call(q, k, v, keep, bias, slopes, kv_lengths, q_starts, k_starts, seed);
-  const Tensor output =
-      empty_heads(q, call.dims, call.dims.shape(call.batch, call.q_heads, call.q_rows, call.v_dim));
+  const Tensor output = empty_heads(q, call.dims, call.dims.shape(call.batch, call.q_heads, call.q_rows, call.v_dim));
   const Tensor lse = empty(q, call.lse_shape(), compute_type(call.dtype));
   if (call.skips_queries()) {
     fill_zero(output);

@@ -7,23 +7,25 @@
 namespace fastlm::cpu {
 namespace {
 
-constexpr int64_t kDecodeRows = 12;       // query heads times queries up to which keys are not packed
-constexpr int64_t kDecodeKeys = 512;      // per item
-constexpr int64_t kForwardValues = 32768; // of queries in one item: they, their sums and a chunk of keys share L2
-constexpr int64_t kItemsWanted = 16;      // so many items keep a few threads busy to the end
-constexpr int64_t kPartsWanted = 8;       // the same for backward, where parts of one head cost memory
-constexpr int64_t kRowsAtLeast = 96;      // per item, so that packing keys does not show
-constexpr int64_t kKeysAtLeast = 512;     // per item of backward, likewise
+constexpr int64_t kDecodeRows = 12;        // query heads times queries up to which keys are not packed
+constexpr int64_t kDecodeKeys = 512;       // per item
+constexpr int64_t kForwardValues = 32768;  // of queries in one item: they, their sums and a chunk of keys share L2
+constexpr int64_t kItemsWanted = 16;       // so many items keep a few threads busy to the end
+constexpr int64_t kPartsWanted = 8;        // the same for backward, where parts of one head cost memory
+constexpr int64_t kRowsAtLeast = 96;       // per item, so that packing keys does not show
+constexpr int64_t kKeysAtLeast = 512;      // per item of backward, likewise
 constexpr double kFlopsPerNs = 60, kBytesPerNs = 20;  // of one core, cautiously
-constexpr double kNsPerThread = 12000;    // below this much work per member a second thread loses
+constexpr double kNsPerThread = 12000;                // below this much work per member a second thread loses
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class S>
 double pairs(const AttentionParams<S>& p, const AttentionSequence& sequence) {
   double seen = sequence.k_len;
-  if (p.left >= 0 && p.right >= 0) seen = std::min<double>(seen, static_cast<double>(p.left) + p.right + 1);
-  else if (p.right >= 0 && sequence.q_len > 1) seen /= 2;
+  if (p.left >= 0 && p.right >= 0)
+    seen = std::min<double>(seen, static_cast<double>(p.left) + p.right + 1);
+  else if (p.right >= 0 && sequence.q_len > 1)
+    seen /= 2;
   return seen * sequence.q_len;
 }
 
@@ -36,8 +38,8 @@ void estimate(AttentionPlan& plan, const AttentionParams<S>& p, double flops_per
     bytes += static_cast<double>(sizeof(S)) * p.kv_heads * sequence.k_len * (p.dim + p.v_dim);
   }
   plan.work_ns = static_cast<int64_t>(std::max(flops / kFlopsPerNs, bytes / kBytesPerNs));
-  const double threads = std::min<double>({static_cast<double>(max_threads), static_cast<double>(plan.items.size()),
-                                           plan.work_ns / kNsPerThread});
+  const double threads = std::min<double>(
+      {static_cast<double>(max_threads), static_cast<double>(plan.items.size()), plan.work_ns / kNsPerThread});
   plan.threads = std::max(1, static_cast<int>(threads));
 }
 
@@ -122,8 +124,8 @@ void attention_backward(const AttentionBackwardParams<S>& p, int max_threads, Pa
   if (!plan.items.empty()) kernels<S>().attention->backward(p, plan, parallel_for);
 }
 
-#define FASTLM_INSTANTIATE(S)                                                        \
-  template AttentionSequence attention_sequence(const AttentionParams<S>&, int64_t); \
+#define FASTLM_INSTANTIATE(S)                                                          \
+  template AttentionSequence attention_sequence(const AttentionParams<S>&, int64_t);   \
   template void attention_forward(const AttentionForwardParams<S>&, int, ParallelFor); \
   template void attention_backward(const AttentionBackwardParams<S>&, int, ParallelFor)
 FASTLM_INSTANTIATE(float);

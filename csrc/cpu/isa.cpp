@@ -6,23 +6,21 @@
 
 namespace fastlm::cpu {
 
-#define FASTLM_DECLARE_ISA(isa)                                                                \
-  namespace isa {                                                                              \
-  extern const GemmKernels<float> kGemmFloat;                                                  \
-  extern const GemmKernels<double> kGemmDouble;                                                \
-  extern const RecurrentKernels<float> kGruFloat, kLstmFloat;                                  \
-  extern const RecurrentKernels<double> kGruDouble, kLstmDouble;                               \
-  extern const RecurrentKernels<BFloat16> kGruBFloat16, kLstmBFloat16;                         \
-  extern const AttentionKernels<float> kAttentionFloat;                                        \
-  extern const AttentionKernels<double> kAttentionDouble;                                      \
-  extern const AttentionKernels<BFloat16> kAttentionBFloat16;                                  \
-  extern const MathKernels<float> kMathFloat;                                                  \
-  extern const MathKernels<double> kMathDouble;                                                \
-  constexpr Kernels<float> kFloat{&kGemmFloat, &kGruFloat, &kLstmFloat, &kAttentionFloat,      \
-                                  &kMathFloat};                                                \
-  constexpr Kernels<double> kDouble{&kGemmDouble, &kGruDouble, &kLstmDouble, &kAttentionDouble, \
-                                    &kMathDouble};                                             \
-  constexpr Kernels<BFloat16> kBFloat16{&kGruBFloat16, &kLstmBFloat16, &kAttentionBFloat16};   \
+#define FASTLM_DECLARE_ISA(isa)                                                                                \
+  namespace isa {                                                                                              \
+  extern const GemmKernels<float> kGemmFloat;                                                                  \
+  extern const GemmKernels<double> kGemmDouble;                                                                \
+  extern const RecurrentKernels<float> kGruFloat, kLstmFloat;                                                  \
+  extern const RecurrentKernels<double> kGruDouble, kLstmDouble;                                               \
+  extern const RecurrentKernels<BFloat16> kGruBFloat16, kLstmBFloat16;                                         \
+  extern const AttentionKernels<float> kAttentionFloat;                                                        \
+  extern const AttentionKernels<double> kAttentionDouble;                                                      \
+  extern const AttentionKernels<BFloat16> kAttentionBFloat16;                                                  \
+  extern const MathKernels<float> kMathFloat;                                                                  \
+  extern const MathKernels<double> kMathDouble;                                                                \
+  constexpr Kernels<float> kFloat{&kGemmFloat, &kGruFloat, &kLstmFloat, &kAttentionFloat, &kMathFloat};        \
+  constexpr Kernels<double> kDouble{&kGemmDouble, &kGruDouble, &kLstmDouble, &kAttentionDouble, &kMathDouble}; \
+  constexpr Kernels<BFloat16> kBFloat16{&kGruBFloat16, &kLstmBFloat16, &kAttentionBFloat16};                   \
   }
 FASTLM_DECLARE_ISA(scalar)
 #if defined(__x86_64__)

@@ -81,9 +81,7 @@ def scaled_dot_product_attention(
             )
     q, k, v, batch = _four_dims(query, key, value)
     mask = None if attn_mask is None else _mask_of_four_dims(attn_mask, batch, (q.shape[-2], k.shape[-2]))
-    output = attention(
-        q, k, v, mask=mask, causal="upper_left" if is_causal else None, scale=scale, dropout_p=dropout_p
-    )
+    output = attention(q, k, v, mask=mask, causal="upper_left" if is_causal else None, scale=scale, dropout_p=dropout_p)
     return output.reshape(*batch, *output.shape[-2:])  # type: ignore[union-attr]
 
 
@@ -126,12 +124,10 @@ def _mask_of_four_dims(mask: Any, batch: Sequence[int], sizes: tuple[int, int]) 
             raise RuntimeError
     except RuntimeError:
         raise ValueError(f"attn_mask: expected a shape that broadcasts to {full}, got {tuple(mask.shape)}") from None
-    if mask.dim() <= 2:
+    if mask.dim() <= 2 or not batch:
         return mask
-    heads = batch[-1] if batch else 1
-    mask = mask.expand(*batch[:-1], mask.shape[-3] if batch else 1, *mask.shape[-2:])
-    del heads
-    return mask.reshape(-1, *mask.shape[-3:]) if len(batch) > 1 else mask
+    mask = mask.expand(*batch[:-1], mask.shape[-3], *mask.shape[-2:])
+    return mask.reshape(-1, *mask.shape[-3:])
 
 
 def attention(
@@ -149,6 +145,7 @@ def attention(
     kv_lengths: Tensor | list[int] | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
+    _seed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(q k^T) v with all that models put into the scores; nothing of size Tq x Tk is stored.
 
@@ -199,7 +196,7 @@ def attention(
     if kv_lengths is not None:
         kv_lengths = _common.integers("kv_lengths", kv_lengths)
         _common.check_shape("kv_lengths", kv_lengths, (batch,), "(B,)")
-    options = _options(q, causal, window, scale, softcap, dropout_p)._replace(
+    options = _options(q, causal, window, scale, softcap, dropout_p, _seed)._replace(
         keep=keep, bias=bias, slopes=_check_slopes(alibi_slopes, q, batch, q_heads), kv_lengths=kv_lengths
     )
     return _attend(q, k, v, options, _check_sinks(sinks, q, q_heads), return_lse)
@@ -265,6 +262,38 @@ def attention_varlen(
     return _attend(q, k, v, options, _check_sinks(sinks, q, q.shape[1]), return_lse)
 
 
+def attention_with_weights(
+    q: Tensor, k: Tensor, v: Tensor, need_weights: bool, *, dropout_p: float = 0.0, **arguments: Any
+) -> tuple[Tensor, Tensor | None]:
+    """`attention` with mask, causal, scale and dropout_p, and where asked for its weights (B, Hq, Tq, Tk).
+
+    Weights are those that met the values, dropped ones 0; they are made anew from lse, apart from the kernel.
+    """
+    if not need_weights:
+        return attention(q, k, v, dropout_p=dropout_p, **arguments), None  # type: ignore[return-value]
+    seed = _draw_seed() if dropout_p > 0 else None
+    output, lse = attention(q, k, v, dropout_p=dropout_p, return_lse=True, _seed=seed, **arguments)
+    mask, scale = arguments["mask"], arguments["scale"]
+    q_len, k_len = q.shape[2], k.shape[2]
+    scores = (q @ k.mT * scale).to(lse.dtype)
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores + mask
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    if arguments["causal"] is not None:
+        seen = torch.ones(q_len, k_len, dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~seen, -torch.inf)
+    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+    if seed is not None:
+        weights = weights * reference.dropout_factors(seed, dropout_p, lse.shape, k_len).to(weights.dtype)
+    return output, weights.to(output.dtype)
+
+
+def _draw_seed() -> Tensor:
+    """A seed for dropout by torch's generator; outside of the op, which could not be replayed if it drew it."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64)
+
+
 def _check_rank(names: str, tensors: tuple[Any, ...], rank: int, layout: str) -> None:
     for name, tensor in zip(names.split(", "), tensors, strict=True):
         if not isinstance(tensor, Tensor):
@@ -308,7 +337,9 @@ def _check_slopes(slopes: Any, q: Tensor, batch: int, heads: int) -> Tensor | No
     if not isinstance(slopes, Tensor):
         raise TypeError(f"alibi_slopes: expected a Tensor, got {type(slopes).__name__}")
     if slopes.requires_grad:
-        raise ValueError("alibi_slopes: expected a Tensor without requires_grad (they get no gradient), got one with it")
+        raise ValueError(
+            "alibi_slopes: expected a Tensor without requires_grad (they get no gradient), got one with it"
+        )
     if tuple(slopes.shape) not in ((heads,), (batch, heads)):
         raise ValueError(
             f"alibi_slopes: expected shape (Hq,) = ({heads},) or (B, Hq) = ({batch}, {heads}), "
@@ -328,7 +359,7 @@ def _check_sinks(sinks: Any, q: Tensor, heads: int) -> Tensor | None:
 
 
 def _options(
-    q: Tensor, causal: Any, window: Any, scale: Any, softcap: Any, dropout_p: Any
+    q: Tensor, causal: Any, window: Any, scale: Any, softcap: Any, dropout_p: Any, seed: Tensor | None = None
 ) -> _Options:
     if causal not in _CAUSAL:
         raise ValueError(f"causal: expected None, 'upper_left' or 'lower_right', got {causal!r}")
@@ -344,8 +375,7 @@ def _options(
     if causal is not None:
         right = 0 if right == _UNLIMITED else min(right, 0)
     return _Options(
-        # Drawn out here: an op that drew it could not be replayed.
-        seed=torch.randint(2**63 - 1, (), dtype=torch.int64) if dropout_p > 0 else None,
+        seed=_draw_seed() if dropout_p > 0 and seed is None else seed,
         scale=1 / math.sqrt(q.shape[-1]) if scale is None and q.shape[-1] else float(1 if scale is None else scale),
         softcap=float(softcap or 0),
         dropout=float(dropout_p),
@@ -435,12 +465,8 @@ def _autograd_backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | 
         grads = _common.composed_grads(outputs, (grad_output, grad_lse), leaves, needed)
     else:
         grad_output = torch.zeros_like(output) if grad_output is None else grad_output
-        grads = _common.call(
-            _backward, False, grad_output, grad_lse, q, k, v, output, lse, *options, needed[3]
-        )
-    grad_q, grad_k, grad_v, grad_bias = (
-        grad if need else None for grad, need in zip(grads, needed, strict=True)
-    )
+        grads = _common.call(_backward, False, grad_output, grad_lse, q, k, v, output, lse, *options, needed[3])
+    grad_q, grad_k, grad_v, grad_bias = (grad if need else None for grad, need in zip(grads, needed, strict=True))
     if grad_bias is not None:
         grad_bias = grad_bias.to(q.dtype)
     return (grad_q, grad_k, grad_v, None, grad_bias, *nothing[5:])

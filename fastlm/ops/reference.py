@@ -5,6 +5,7 @@ double backward, and for what the kernels do not cover. bfloat16 is computed in 
 after every step.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -253,19 +254,21 @@ def attention(
     """Attention with all scores written out; arguments as the op takes them (`fastlm.ops.attention` says more)."""
     dtype = q.dtype
     q, k, v, bias = map(_widened, (q, k, v, bias))
-    numbers = (scale, softcap, dropout, lower_right, left, right)
+    numbers = (scale, softcap, lower_right, left, right)
     if q_starts is None or k_starts is None:
-        rows = torch.arange(q.shape[0] * q.shape[1] * q.shape[2], device=q.device).view(q.shape[:3])
-        output, lse = _attend(q, k, v, keep, bias, slopes, kv_lengths, seed, rows, *numbers)
+        factors = None if seed is None else dropout_factors(seed, dropout, q.shape[:3], k.shape[2])
+        output, lse = _attend(q, k, v, keep, bias, slopes, kv_lengths, factors, *numbers)
         return output.to(dtype), lse
     outputs, lses = [], []
-    rows = torch.arange(q.shape[1] * q.shape[0], device=q.device).view(q.shape[1], q.shape[0])
     starts = [tensor.tolist() for tensor in (q_starts, k_starts)]
     for b, (first, last) in enumerate(pairwise(starts[0])):
         keys = slice(starts[1][b], starts[1][b + 1])
         one = (tensor.transpose(0, 1)[None] for tensor in (q[first:last], k[keys], v[keys]))
         slope = slopes if slopes is None or slopes.shape[0] == 1 else slopes[b : b + 1]
-        output, lse = _attend(*one, None, None, slope, None, seed, rows[None, :, first:last], *numbers)
+        factors = None
+        if seed is not None:
+            factors = dropout_factors(seed, dropout, (q.shape[1], q.shape[0]), keys.stop - keys.start)[:, first:last]
+        output, lse = _attend(*one, None, None, slope, None, factors, *numbers)
         outputs.append(output[0].transpose(0, 1))
         lses.append(lse[0])
     past = q.shape[0] - starts[0][-1]
@@ -282,16 +285,14 @@ def _attend(
     bias: Tensor | None,
     slopes: Tensor | None,
     kv_lengths: Tensor | None,
-    seed: Tensor | None,
-    rows: Tensor,
+    factors: Tensor | None,
     scale: float,
     softcap: float,
-    dropout: float,
     lower_right: bool,
     left: int,
     right: int,
 ) -> tuple[Tensor, Tensor]:
-    """One batch of sequences (B, H, T, D); rows: the place of every query among all, for dropout."""
+    """One batch of sequences (B, H, T, D); factors: of weights, for dropout."""
     batch, q_heads, q_len, _ = q.shape
     k_len = k.shape[2]
     lengths = torch.full((batch,), k_len) if kv_lengths is None else kv_lengths.cpu()
@@ -322,13 +323,17 @@ def _attend(
     blind = (scores == -torch.inf).all(-1)
     lse = torch.logsumexp(scores.masked_fill(blind[..., None], 0), -1) if k_len else scores.sum(-1)
     weights = torch.exp(scores - lse[..., None])
-    if seed is not None and dropout > 0:
-        weights = weights * _dropout_factors(seed, dropout, rows, k_len).to(weights.dtype)
+    if factors is not None:
+        weights = weights * factors.to(weights.dtype)
     return weights @ v, lse.masked_fill(blind, -torch.inf)
 
 
-def _dropout_factors(seed: Tensor, dropout: float, rows: Tensor, k_len: int) -> Tensor:
-    """0 or 1 / (1 - dropout) for every row and key, by the hash of the kernels (csrc attention_scores.inl), float64."""
+def dropout_factors(seed: Tensor, dropout: float, shape: Sequence[int], k_len: int) -> Tensor:
+    """0 or 1 / (1 - dropout) for every query, of the shape of lse, and key: (*shape, k_len), float64.
+
+    By the hash of the kernels (csrc/cpu/kernels/attention_scores.inl).
+    """
+    rows = torch.arange(math.prod(shape)).view(tuple(shape))
 
     def shifted(z: Tensor, bits: int) -> Tensor:  # of 64 bits, without the sign's
         return (z >> bits) & ((1 << (64 - bits)) - 1)
@@ -337,7 +342,7 @@ def _dropout_factors(seed: Tensor, dropout: float, rows: Tensor, k_len: int) -> 
         return constant - (1 << 64) if constant >= 1 << 63 else constant
 
     low_bits = 0xFFFFFFFF
-    z = seed.to(rows.device) + signed(0x9E3779B97F4A7C15) * (rows + 1)
+    z = seed.cpu() + signed(0x9E3779B97F4A7C15) * (rows + 1)
     z = (z ^ shifted(z, 30)) * signed(0xBF58476D1CE4E5B9)
     z = (z ^ shifted(z, 27)) * signed(0x94D049BB133111EB)
     z = z ^ shifted(z, 31)

@@ -14,7 +14,7 @@ class AttentionBackward {
  public:
   using T = Compute<S>;
   using V = Vec<T>;
-  static constexpr int64_t kBlock = 64;  // queries and keys: both matrices of a block stay in L1
+  static constexpr int64_t kBlockKeys = 64, kBlockQueries = 128;  // both matrices of a block stay near
 
   struct Buffers {
     // Of one member. Rows: all queries, or all keys of an item.
@@ -26,7 +26,8 @@ class AttentionBackward {
 
     static Buffers take(Workspace& workspace, const AttentionBackwardParams<S>& p, const AttentionPlan& plan,
                         int64_t query_rows) {
-      const int64_t q_stride = row_stride<T>(p.dim), v_stride = row_stride<T>(p.v_dim), s_stride = row_stride<T>(kBlock);
+      const int64_t q_stride = row_stride<T>(p.dim), v_stride = row_stride<T>(p.v_dim),
+                    s_stride = row_stride<T>(kBlockKeys);
       Buffers b;
       b.queries = workspace.take<T>(p.q_len * q_stride);
       b.grads = workspace.take<T>(p.q_len * v_stride);
@@ -34,15 +35,15 @@ class AttentionBackward {
       b.delta = workspace.take<T>(p.q_len);
       b.grad_k = workspace.take<T>(plan.most_rows * q_stride);
       b.grad_v = workspace.take<T>(plan.most_rows * v_stride);
-      b.key_panels = workspace.take<T>(kBlock * p.dim);
-      b.value_panels = workspace.take<T>(kBlock * p.v_dim);
-      b.key_rows = workspace.take<T>(kBlock * q_stride);
-      b.weights = workspace.take<T>(kBlock * s_stride);
-      b.grad_scores = workspace.take<T>(kBlock * s_stride);
-      b.capped = workspace.take<T>(kBlock);
-      b.factors = workspace.take<T>(kBlock);
-      b.tiles = workspace.take<Keys>(kBlock);
-      b.rows = workspace.take<Keys>(kBlock);
+      b.key_panels = workspace.take<T>(kBlockKeys * p.dim);
+      b.value_panels = workspace.take<T>(kBlockKeys * p.v_dim);
+      b.key_rows = workspace.take<T>(kBlockKeys * q_stride);
+      b.weights = workspace.take<T>(kBlockQueries * s_stride);
+      b.grad_scores = workspace.take<T>(kBlockQueries * s_stride);
+      b.capped = workspace.take<T>(kBlockKeys);
+      b.factors = workspace.take<T>(kBlockKeys);
+      b.tiles = workspace.take<Keys>(kBlockQueries);
+      b.rows = workspace.take<Keys>(kBlockQueries);
       b.partial = workspace.take<T>(query_rows * p.dim);
       return b;
     }
@@ -93,8 +94,7 @@ class AttentionBackward {
     return b_ * p_.lse.batch + head * p_.lse.head + sequence_.q_begin + query;
   }
   S* grad_q_row(int64_t head, int64_t query) const {
-    return p_.grad_q.data + b_ * p_.grad_q.batch + head * p_.grad_q.head +
-           (sequence_.q_begin + query) * p_.grad_q.time;
+    return p_.grad_q.data + b_ * p_.grad_q.batch + head * p_.grad_q.head + (sequence_.q_begin + query) * p_.grad_q.time;
   }
   template <class P>
   P* rows_of(const Heads<P>& tensor, int64_t head, int64_t row) const {
@@ -123,7 +123,7 @@ class AttentionBackward {
     head_ = head;
     load_queries();
     const HeadScores<S> rule(p_, sequence_, b_, head);
-    for (int64_t key = begin_; key < end_; key += kBlock) key_block(rule, key, std::min(end_, key + kBlock));
+    for (int64_t key = begin_; key < end_; key += kBlockKeys) key_block(rule, key, std::min(end_, key + kBlockKeys));
     for (int64_t i = 0; i < sequence_.q_len; ++i) {
       const T* sum = buffers_.grad_q + i * q_stride_;
       if (plan_.parts == 1)
@@ -152,7 +152,7 @@ class AttentionBackward {
 
   void key_block(const HeadScores<S>& rule, int64_t first, int64_t last) {
     bool packed = false;
-    const int64_t blocks = (sequence_.q_len + kBlock - 1) / kBlock;
+    const int64_t blocks = (sequence_.q_len + kBlockQueries - 1) / kBlockQueries;
     for (int64_t i = 0; i < blocks; ++i) {
       const Team::Range block{sequence_.q_len * i / blocks, sequence_.q_len * (i + 1) / blocks};
       if (!look(rule, block, first, last)) continue;
@@ -199,30 +199,29 @@ class AttentionBackward {
       for (int64_t r = 0; r < end - begin; ++r)
         for (T* row : {weights + r * s_stride_, grads + r * s_stride_}) {
           std::fill(row, row + from, T(0));
-          std::fill(row + to, row + kBlock, T(0));
+          std::fill(row + to, row + kBlockKeys, T(0));
         }
       if (keys.empty()) {
         std::fill_n(buffers_.rows + begin - block.begin, end - begin, Keys{0, 0});
         continue;
       }
       const int64_t panel = keys.begin / kCols<T> * kCols<T>;
-      multiply<false>(end - begin, p_.dim, to - panel,
-                      TileByPanels<T>{buffers_.queries + begin * q_stride_, q_stride_,
-                                      buffers_.key_panels + panel * p_.dim, kCols<T>, kCols<T> * p_.dim, weights + panel,
-                                      s_stride_},
-                      false);
-      multiply<false>(end - begin, p_.v_dim, to - panel,
-                      TileByPanels<T>{buffers_.grads + begin * v_stride_, v_stride_,
-                                      buffers_.value_panels + panel * p_.v_dim, kCols<T>, kCols<T> * p_.v_dim,
-                                      grads + panel, s_stride_},
-                      false);
+      multiply<false>(
+          end - begin, p_.dim, to - panel,
+          TileByPanels<T>{buffers_.queries + begin * q_stride_, q_stride_, buffers_.key_panels + panel * p_.dim,
+                          kCols<T>, kCols<T> * p_.dim, weights + panel, s_stride_},
+          false);
+      multiply<false>(
+          end - begin, p_.v_dim, to - panel,
+          TileByPanels<T>{buffers_.grads + begin * v_stride_, v_stride_, buffers_.value_panels + panel * p_.v_dim,
+                          kCols<T>, kCols<T> * p_.v_dim, grads + panel, s_stride_},
+          false);
       for (int64_t r = 0; r < end - begin; ++r) {
         std::fill(weights + r * s_stride_ + panel, weights + r * s_stride_ + from, T(0));
         std::fill(grads + r * s_stride_ + panel, grads + r * s_stride_ + from, T(0));
         const Keys own = rule.seen(begin + r).clipped(first + keys.begin, first + keys.end);
-        buffers_.rows[begin - block.begin + r] =
-            weigh_row(rule, begin + r, first, {own.begin - first, own.end - first}, from, to, weights + r * s_stride_,
-                      grads + r * s_stride_);
+        buffers_.rows[begin - block.begin + r] = weigh_row(rule, begin + r, first, {own.begin - first, own.end - first},
+                                                           from, to, weights + r * s_stride_, grads + r * s_stride_);
       }
       multiply<false>(end - begin, keys.end - keys.begin, p_.dim,
                       TileByPanels<T>{grads + keys.begin, s_stride_, buffers_.key_rows + keys.begin * q_stride_,
@@ -232,8 +231,8 @@ class AttentionBackward {
   }
 
   // Products with keys become weights (dropped ones zero), products with values the gradients of scores, in [from, to).
-  Keys weigh_row(const HeadScores<S>& rule, int64_t query, int64_t first, Keys own, int64_t from, int64_t to, T* weights,
-                 T* grads) {
+  Keys weigh_row(const HeadScores<S>& rule, int64_t query, int64_t first, Keys own, int64_t from, int64_t to,
+                 T* weights, T* grads) {
     const T lse = p_.lse.data[lse_place(head_, query)];
     if (own.empty() || lse == -std::numeric_limits<T>::infinity()) {
       std::fill(weights + from, weights + to, T(0));
@@ -241,12 +240,14 @@ class AttentionBackward {
       return {0, 0};
     }
     if (!rule.plain()) rule.transform(query, first, own, weights, buffers_.capped);
-    const V scale = V::broadcast(rule.scale()), shift = V::broadcast(-lse), delta = V::broadcast(buffers_.delta[query]);
+    const V scale = V::broadcast(rule.scale()), shift = V::broadcast(-lse * kLog2e<T>),
+            delta = V::broadcast(buffers_.delta[query]);
     const bool drops = dropout_.active();
     if (drops) dropout_.factors(static_cast<uint64_t>(lse_place(head_, query)), first, from, to, buffers_.factors);
     for_vectors<T>(from, to, [&](auto kind, int64_t i) FASTLM_LAMBDA_INLINE {
       using W = decltype(kind);
-      const W weight = exp_nonpositive(fma(W::load(weights + i), W::broadcast(scale.raw[0]), W::broadcast(shift.raw[0])));
+      const W weight =
+          exp2_nonpositive(fma(W::load(weights + i), W::broadcast(scale.raw[0]), W::broadcast(shift.raw[0])));
       W grad = W::load(grads + i), kept = weight;
       if (drops) {
         const W factor = W::load(buffers_.factors + i);
@@ -285,16 +286,16 @@ class AttentionBackward {
       while (low < high && !sees(high - 1)) --high;
       if (low == high) continue;
       const int64_t query = block.begin + low;
-      multiply<true>(end - n, high - low, p_.v_dim,
-                     TileByPanels<T>{buffers_.weights + low * s_stride_ + n, s_stride_,
-                                     buffers_.grads + query * v_stride_, v_stride_, kCols<T>,
-                                     buffers_.grad_v + key * v_stride_, v_stride_},
-                     true);
-      multiply<true>(end - n, high - low, p_.dim,
-                     TileByPanels<T>{buffers_.grad_scores + low * s_stride_ + n, s_stride_,
-                                     buffers_.queries + query * q_stride_, q_stride_, kCols<T>,
-                                     buffers_.grad_k + key * q_stride_, q_stride_},
-                     true);
+      multiply<true>(
+          end - n, high - low, p_.v_dim,
+          TileByPanels<T>{buffers_.weights + low * s_stride_ + n, s_stride_, buffers_.grads + query * v_stride_,
+                          v_stride_, kCols<T>, buffers_.grad_v + key * v_stride_, v_stride_},
+          true);
+      multiply<true>(
+          end - n, high - low, p_.dim,
+          TileByPanels<T>{buffers_.grad_scores + low * s_stride_ + n, s_stride_, buffers_.queries + query * q_stride_,
+                          q_stride_, kCols<T>, buffers_.grad_k + key * q_stride_, q_stride_},
+          true);
     }
   }
 
@@ -303,7 +304,7 @@ class AttentionBackward {
   const Buffers buffers_;
   const int64_t group_;
   const Dropout dropout_;
-  const int64_t q_stride_, v_stride_, s_stride_ = row_stride<T>(kBlock);
+  const int64_t q_stride_, v_stride_, s_stride_ = row_stride<T>(kBlockKeys);
   int64_t b_ = 0, kv_head_ = 0, head_ = 0, part_ = 0, begin_ = 0, end_ = 0;
   AttentionSequence sequence_{};
 };

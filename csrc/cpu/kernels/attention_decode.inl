@@ -67,7 +67,8 @@ class AttentionDecode {
     softmax_ = buffers_.softmax + i * plan_.most_rows;
     const int64_t rows = group_ * sequence_.q_len;
     for (int64_t r = 0; r < rows; ++r) {
-      const S* from = p_.q.data + item_.b * p_.q.batch + head(r) * p_.q.head + (sequence_.q_begin + query(r)) * p_.q.time;
+      const S* from =
+          p_.q.data + item_.b * p_.q.batch + head(r) * p_.q.head + (sequence_.q_begin + query(r)) * p_.q.time;
       copy_rows(from, 0, 1, p_.dim, queries_ + r * q_stride_, q_stride_);
     }
     std::fill_n(sums_, rows * v_stride_, T(0));
@@ -158,7 +159,7 @@ class AttentionDecode {
       const Softmax<T>& other = softmax(i);
       if (other.sum == 0) continue;
       const T max = !(other.max <= whole.max) ? other.max : whole.max;
-      const T mine = whole.sum == 0 ? T(0) : std::exp(whole.max - max), theirs = std::exp(other.max - max);
+      const T mine = whole.sum == 0 ? T(0) : std::exp2(whole.max - max), theirs = std::exp2(other.max - max);
       whole = {max, whole.sum * mine + other.sum * theirs};
       for (int64_t d = 0; d < p_.v_dim; d += V::kLanes)
         fma(V::load(into + d), V::broadcast(mine), V::load(sums(i) + d) * V::broadcast(theirs)).store(into + d);

@@ -1,4 +1,5 @@
-// Attention forward: flash tiles (Dao et al. 2022, arXiv:2205.14135) with the online softmax; nothing of Tq x Tk stored.
+// Attention forward: flash tiles (Dao et al. 2022, arXiv:2205.14135) with the online softmax; nothing of Tq x Tk
+// stored.
 //
 // An item is a range of queries of all query heads that share keys. It takes in the keys a chunk after another: packs
 // what of it some query sees, then for each tile of up to kTileRows queries makes the products with the keys, their
@@ -65,8 +66,7 @@ class AttentionForward {
 
   void start() {
     for (int64_t g = 0; g < group_; ++g)
-      copy_rows(p_.q.data + item_.b * p_.q.batch + head(g) * p_.q.head +
-                    (sequence_.q_begin + item_.begin) * p_.q.time,
+      copy_rows(p_.q.data + item_.b * p_.q.batch + head(g) * p_.q.head + (sequence_.q_begin + item_.begin) * p_.q.time,
                 p_.q.time, queries_, p_.dim, buffers_.queries + g * queries_ * q_stride_, q_stride_);
     std::fill_n(buffers_.sums, group_ * queries_ * v_stride_, T(0));
     std::fill_n(buffers_.softmax, group_ * queries_, Softmax<T>::start());
@@ -114,10 +114,11 @@ class AttentionForward {
                   end = lanes_up<T>(keys.end);
     T* s = buffers_.scores;
     T* sums = buffers_.sums + place * v_stride_;
-    multiply<false>(rows, p_.dim, end - panel,
-                    TileByPanels<T>{buffers_.queries + place * q_stride_, q_stride_, buffers_.key_panels + panel * p_.dim,
-                                    kCols<T>, kCols<T> * p_.dim, s + panel, s_stride_},
-                    false);
+    multiply<false>(
+        rows, p_.dim, end - panel,
+        TileByPanels<T>{buffers_.queries + place * q_stride_, q_stride_, buffers_.key_panels + panel * p_.dim, kCols<T>,
+                        kCols<T> * p_.dim, s + panel, s_stride_},
+        false);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t query = item_.begin + tile.begin + r;
       T* row = s + r * s_stride_;
@@ -166,7 +167,7 @@ class AttentionForward {
     const V factor = V::broadcast(1 / softmax.sum);
     for (int64_t d = 0; d < v_dim; d += V::kLanes)
       store_as(nothing ? V::zero() : V::load(sums + d) * factor, to + d, v_dim - d);
-    return nothing ? -std::numeric_limits<T>::infinity() : softmax.max + std::log(softmax.sum);
+    return softmax.lse();
   }
 
  private:

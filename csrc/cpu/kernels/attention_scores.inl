@@ -61,14 +61,17 @@ struct TileByPanels {
 template <bool kColumns, class T>
 void run_narrow_tile(int rows, int64_t vectors, const TileParams<T>& p) {
   using Tile = void (*)(const TileParams<T>&);
-#define FASTLM_TILES(N)                                                                               \
-  {tile_product<T, T, 1, N, 1, kColumns>, tile_product<T, T, 2, N, 1, kColumns>,                      \
-   tile_product<T, T, 3, N, 1, kColumns>, tile_product<T, T, 4, N, 1, kColumns>,                      \
-   tile_product<T, T, 5, N, 1, kColumns>, tile_product<T, T, 6, N, 1, kColumns>}
+#define FASTLM_TILES(N)                                                             \
+  {                                                                                 \
+      tile_product<T, T, 1, N, 1, kColumns>, tile_product<T, T, 2, N, 1, kColumns>, \
+      tile_product<T, T, 3, N, 1, kColumns>, tile_product<T, T, 4, N, 1, kColumns>, \
+      tile_product<T, T, 5, N, 1, kColumns>, tile_product<T, T, 6, N, 1, kColumns>}
   static constexpr Tile kTiles[][kTileRows] = {
-      FASTLM_TILES(1), FASTLM_TILES(2),
+      FASTLM_TILES(1),
+      FASTLM_TILES(2),
 #if FASTLM_VECTOR_BYTES == 64
-      FASTLM_TILES(3), FASTLM_TILES(4),
+      FASTLM_TILES(3),
+      FASTLM_TILES(4),
 #endif
   };
 #undef FASTLM_TILES
@@ -113,8 +116,14 @@ FASTLM_INLINE void for_vectors(int64_t begin, int64_t end, const Body& body) {
   for (; i < end; i += V::kLanes) body(V{}, i);
 }
 
-// Dropout: a murmur3-style finaliser (A. Appleby) over the key's index under two words per row, which come from the seed
-// and the row's place by splitmix64 (Steele et al. 2014). Kept where the hash reaches the threshold.
+// Weights are powers of 2, a cheaper exponential.
+template <class T>
+constexpr T kLog2e = T(1.44269504088896340736);
+template <class T>
+constexpr T kLn2 = T(0.693147180559945309417);
+
+// Dropout: a murmur3-style finaliser (A. Appleby) over the key's index under two words per row, which come from the
+// seed and the row's place by splitmix64 (Steele et al. 2014). Kept where the hash reaches the threshold.
 struct Dropout {
   uint64_t seed;
   uint32_t threshold;
@@ -162,9 +171,10 @@ class HeadScores {
     plain_ = !keep_ && !bias_ && !p.slopes.data && p.softcap == 0 && p.scale > 0;
   }
 
-  // Whether the products times scale() are the scores; else transform() makes them and they count as they are.
+  // Whether the products times a factor are the scores; else transform() makes them.
   bool plain() const { return plain_; }
-  T scale() const { return plain_ ? p_.scale : T(1); }
+  // From products, or from what transform() made of them, to exponents of 2.
+  T scale() const { return (plain_ ? p_.scale : T(1)) * kLog2e<T>; }
 
   Keys seen(int64_t query) const {
     const int64_t position = query + sequence_.offset, n = sequence_.k_len;
@@ -252,14 +262,15 @@ class HeadScores {
   bool plain_;
 };
 
-// The online softmax of one query (Milakov and Gimelshein 2018): the largest score and the sum of exponentials so far.
+// The online softmax of one query (Milakov and Gimelshein 2018): the largest exponent of 2 and the sum of powers so
+// far.
 template <class T>
 struct Softmax {
   T max, sum;
 
   static Softmax start() { return {-std::numeric_limits<T>::infinity(), T(0)}; }
 
-  // Scores scale * s[i], i in `own`, become exp(score - max), and 0 in the rest of [begin, end), whole vectors that hold
+  // s[i] becomes 2^(scale * s[i] - max) for i in `own`, and 0 in the rest of [begin, end), whole vectors that hold
   // `own`. Returns the factor that what was summed up before is to be multiplied with.
   T add(T* s, int64_t begin, int64_t end, Keys own, T scale) {
     constexpr T kOut = -std::numeric_limits<T>::infinity();
@@ -280,17 +291,20 @@ struct Softmax {
     V sums[2] = {V::zero(), V::zero()};
     for_vectors<T>(begin, end, [&](auto kind, int64_t at) FASTLM_LAMBDA_INLINE {
       using W = decltype(kind);
-      const W e = exp_nonpositive(fma(W::load(s + at), W::broadcast(scale), W::broadcast(-shift)));
+      const W e = exp2_nonpositive(fma(W::load(s + at), W::broadcast(scale), W::broadcast(-shift)));
       e.store(s + at);
       if constexpr (W::kParts > 1)
         for (int j = 0; j < W::kParts; ++j) sums[j % 2] = sums[j % 2] + e.parts[j];
       else
         sums[0] = sums[0] + e;
     });
-    const T factor = before == max ? T(1) : std::exp(before - max);
+    const T factor = before == max || before == kOut ? T(1) : std::exp2(before - max);  // nothing was there before kOut
     sum = sum * factor + total(sums[0] + sums[1]);
     return factor;
   }
+
+  // Natural logarithm of the sum of exponentials of scores.
+  T lse() const { return sum == 0 ? -std::numeric_limits<T>::infinity() : (max + std::log2(sum)) * kLn2<T>; }
 };
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

@@ -47,7 +47,8 @@ struct TileParams {
 template <class T>
 constexpr int64_t kFetchPerDepth = 32 / sizeof(T);
 
-// Rows R by the panel's first N vectors, with k dealt to D accumulators per element. kColumns: A lies as [depth][a_row].
+// Rows R by the panel's first N vectors, with k dealt to D accumulators per element. kColumns: A lies as
+// [depth][a_row].
 template <class T, class P, int R, int N, int D, bool kColumns>
 __attribute__((noinline)) void tile_product(const TileParams<T, P>& p) {
   using V = Vec<T>;

@@ -37,6 +37,25 @@ struct ExpConstants<double> {
                                      1. / 120.,        1. / 24.,        1. / 6.,        1. / 2.};
 };
 
+// Polynomials: float, minimax of Cephes exp2f; double, Taylor to r^13 (truncation 5e-18). 2^kLow counts as 0.
+template <class T>
+struct Exp2Constants;
+template <>
+struct Exp2Constants<float> {
+  static constexpr float kLow = -127.f;
+  static constexpr float kPoly[] = {1.535336188319500e-4f, 1.339887440266574e-3f, 9.618437357674640e-3f,
+                                    5.550332471162809e-2f, 2.402264791363012e-1f, 6.931472028550421e-1f};
+};
+template <>
+struct Exp2Constants<double> {
+  static constexpr double kLow = -1023.;
+  static constexpr double kPoly[] = {1.3691488853904124e-12, 2.5678435993488196e-11, 4.4455382718708101e-10,
+                                     7.0549116208011209e-09, 1.0178086009239696e-07, 1.3215486790144305e-06,
+                                     1.5252733804059838e-05, 0.00015403530393381606, 0.0013333558146428441,
+                                     0.0096181291076284769,  0.055504108664821576,   0.24022650695910069,
+                                     0.69314718055994529};
+};
+
 // All functions take a vector or a pack of them (V).
 template <class V>
 struct ExpParts {
@@ -80,11 +99,16 @@ FASTLM_INLINE V exp(const V& x) {
   return fma(p, parts.n - capped, p) * power_of_two(capped + V::broadcast(C::kRound));
 }
 
-// exp for x <= 0, -inf and NaN.
+// 2^x for x <= 0, -inf and NaN: fewer steps than exp, at most 2 ULP. x = n + r with |r| <= 1/2, 2^r = 1 + r P(r).
 template <class V>
-FASTLM_INLINE V exp_nonpositive(const V& x) {
-  const auto parts = exp_parts(at_least(V::broadcast(ExpConstants<typename V::Scalar>::kLow), x));
-  return fma(parts.power, parts.q, parts.power);
+FASTLM_INLINE V exp2_nonpositive(const V& x) {
+  using C = Exp2Constants<typename V::Scalar>;
+  const V held = at_least(V::broadcast(C::kLow), x);
+  const V n_and_round = held + V::broadcast(ExpConstants<typename V::Scalar>::kRound);
+  const V r = held - (n_and_round - V::broadcast(ExpConstants<typename V::Scalar>::kRound));
+  V p = V::broadcast(C::kPoly[0]);
+  for (size_t i = 1; i < sizeof(C::kPoly) / sizeof(C::kPoly[0]); ++i) p = fma(p, r, V::broadcast(C::kPoly[i]));
+  return fma(p, r, V::broadcast(1)) * power_of_two(n_and_round);
 }
 
 template <class V>
