@@ -69,8 +69,8 @@ class MultiheadAttention(TorchTwin, torch.nn.MultiheadAttention):
             query, key, value = _once_each(lambda x: x.unsqueeze(0), query, key, value)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         else:
-            time_major = (query, key, value) if not batch_first else (x.transpose(0, 1) for x in (query, key, value))
-            self._check(*time_major, key_padding_mask, attn_mask)
+            q, k, v = (x.transpose(0, 1) if batch_first else x for x in (query, key, value))
+            self._check(q, k, v, key_padding_mask, attn_mask)
         q, k, v = (self._heads(x, batch_first) for x in self._project(query, key, value))
         mask = self._mask(q, k, key_padding_mask, attn_mask, is_causal)
         k, v, mask = self._more_keys(k, v, mask)
@@ -100,7 +100,9 @@ class MultiheadAttention(TorchTwin, torch.nn.MultiheadAttention):
         attn_mask: Tensor | None,
     ) -> None:
         """torch's errors for what does not fit; time-major or unbatched."""
-        F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        F._mha_shape_check(  # type: ignore[attr-defined]
+            query, key, value, key_padding_mask, attn_mask, self.num_heads
+        )
         if query.shape[-1] != self.embed_dim:
             raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}")
         if self._qkv_same_embed_dim and key.shape != value.shape:

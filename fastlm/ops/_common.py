@@ -1,6 +1,6 @@
 """What every public function does before its op: checks, autocast, choice of back end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -25,7 +25,7 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[object, ...], layout:
         raise ValueError(f"{name}: expected shape {layout} = {want}, got {tuple(shape)}")
 
 
-def check_same(tensors: dict[str, Tensor | None], optional: tuple[str, ...] = ()) -> None:
+def check_same(tensors: Mapping[str, Tensor | None], optional: tuple[str, ...] = ()) -> None:
     """Raises unless all share the first's floating dtype and device; only those named optional may be None."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():

@@ -88,9 +88,8 @@ def scaled_dot_product_attention(
 def _four_dims(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Sequence[int]]:
     """The three as (B, H, T, D), and the leading dimensions of the result."""
     leading = [tensor.shape[:-2] for tensor in (query, key, value)]
-    if all(len(shape) == 2 for shape in leading) and leading[0][0] == leading[1][0] == leading[2][0]:
-        if leading[1][1] == leading[2][1] and leading[1][1] != 0 and leading[0][1] % leading[1][1] == 0:
-            return query, key, value, leading[0]
+    if all(len(shape) == 2 for shape in leading) and leading[0][0] == leading[1][0] and leading[1] == leading[2]:
+        return query, key, value, leading[0]
     heads = [shape[-1] if shape else 1 for shape in leading]
     try:
         batch = torch.broadcast_shapes(*(shape[:-1] for shape in leading))
@@ -147,7 +146,7 @@ def attention(
     return_lse: bool = False,
     _seed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(q k^T) v with all that models put into the scores; nothing of size Tq x Tk is stored.
+    """The product softmax(q k^T) v with all that models put into the scores; nothing of size Tq x Tk is stored.
 
     Query i stands at position p = i, or i + Tk - Tq with causal="lower_right", where Tk is kv_lengths[b] if given. The
     score of key j is made in this order: q k^T times scale, softcap, ALiBi, float mask; then keys are masked out.
@@ -231,7 +230,13 @@ def attention_varlen(
         cu_seqlens_k (Tensor or list of int): (B + 1,), likewise for k and v.
         max_seqlen_q (int, optional): the longest; taken as in other libraries, known from cu_seqlens_q here.
         max_seqlen_k (int, optional): likewise.
-        causal, window, scale, softcap, alibi_slopes, sinks, dropout_p: as for `attention`, within each sequence.
+        causal (str, optional): as for `attention`, within each sequence; so what follows.
+        window (tuple of int): Default: (-1, -1), unlimited.
+        scale (float, optional): Default: 1 / sqrt(D).
+        softcap (float, optional): Default: None.
+        alibi_slopes (Tensor, optional): (Hq,) or (B, Hq). Default: None.
+        sinks (Tensor, optional): (Hq,). Default: None.
+        dropout_p (float): Default: 0.
         return_lse (bool): also return lse. Default: False.
 
     Returns:

@@ -263,12 +263,12 @@ def attention(
     starts = [tensor.tolist() for tensor in (q_starts, k_starts)]
     for b, (first, last) in enumerate(pairwise(starts[0])):
         keys = slice(starts[1][b], starts[1][b + 1])
-        one = (tensor.transpose(0, 1)[None] for tensor in (q[first:last], k[keys], v[keys]))
+        one, keys_of_one, values = (x.transpose(0, 1)[None] for x in (q[first:last], k[keys], v[keys]))
         slope = slopes if slopes is None or slopes.shape[0] == 1 else slopes[b : b + 1]
         factors = None
         if seed is not None:
             factors = dropout_factors(seed, dropout, (q.shape[1], q.shape[0]), keys.stop - keys.start)[:, first:last]
-        output, lse = _attend(*one, None, None, slope, None, factors, *numbers)
+        output, lse = _attend(one, keys_of_one, values, None, None, slope, None, factors, *numbers)
         outputs.append(output[0].transpose(0, 1))
         lses.append(lse[0])
     past = q.shape[0] - starts[0][-1]
