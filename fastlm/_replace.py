@@ -28,7 +28,7 @@ def replace(model: _Model) -> _Model:
     Every module that is exactly torch.nn.GRU, LSTM, GRUCell, LSTMCell or MultiheadAttention becomes its fastlm.nn twin:
     the same object with the same parameters, hooks and state_dict. Subclasses and parametrised modules are left alone;
     `explain(model)` lists them. torch's TransformerEncoderLayer and TransformerEncoder around a replaced attention are
-    told not to run it as a whole, past its forward, in evaluation. Doing it twice changes nothing more; `restore` undoes
+    told to call it in evaluation too, which they would run past. Doing it twice changes nothing more; `restore` undoes
     it.
     """
     _change_classes("replace", model, _TWINS)
@@ -51,7 +51,7 @@ _TAKEN = "_fastlm_taken"
 
 
 def _decline_fast_path(module: torch.nn.Module) -> None:
-    """Turns off what would run torch's own attention instead of a replaced one: a layer's and an encoder's fast path."""
+    """Turns off what would run torch's attention instead of a replaced one: the fast paths of layers and encoders."""
     if isinstance(module, torch.nn.TransformerEncoderLayer) and isinstance(module.self_attn, MultiheadAttention):
         _take(module, "activation_relu_or_gelu", 0)
     if isinstance(module, torch.nn.TransformerEncoder) and any(

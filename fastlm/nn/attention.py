@@ -99,7 +99,7 @@ class MultiheadAttention(TorchTwin, torch.nn.MultiheadAttention):
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
     ) -> None:
-        """torch's errors for what does not fit; time-major or unbatched."""
+        """Torch's errors for what does not fit; time-major or unbatched."""
         F._mha_shape_check(  # type: ignore[attr-defined]
             query, key, value, key_padding_mask, attn_mask, self.num_heads
         )

@@ -10,7 +10,7 @@ LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
 # the shape counts) or has no input (no bias) is an empty tensor.
 _SEQUENCES = "Tensor? lengths, Tensor? batch_sizes, Tensor? reset_mask"
 # q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv), or packed (rows, H, D) with q_starts and k_starts (B + 1,)
-# int64. keep (bool) and bias (dtype of q) have 4 dimensions that broadcast against (B, Hq, Tq, Tk), slopes those against
+# int64. keep (bool) and bias (dtype of q) have 4 dimensions that broadcast against (B, Hq, Tq, Tk), slopes such against
 # (B, Hq, 1, 1). softcap 0: none; left, right -1: unlimited. lse is (B, Hq, Tq), packed (Hq, rows).
 _ATTENTION = (
     "Tensor? keep, Tensor? bias, Tensor? slopes, Tensor? kv_lengths, Tensor? q_starts, Tensor? k_starts, Tensor? seed,"

@@ -73,12 +73,9 @@ def scaled_dot_product_attention(
     for name, tensor in tensors.items():
         if tensor.dim() < 2:
             raise ValueError(f"{name}: expected at least 2 dimensions, got shape {tuple(tensor.shape)}")
-    if not enable_gqa and query.dim() > 2 and key.dim() > 2 and query.shape[-3] != key.shape[-3]:
-        # Heads of size 1 broadcast, as in torch; others need enable_gqa.
-        if 1 not in (query.shape[-3], key.shape[-3]):
-            raise ValueError(
-                f"key: expected {query.shape[-3]} heads (those of query) without enable_gqa, got {key.shape[-3]}"
-            )
+    heads = [tensor.shape[-3] for tensor in (query, key) if tensor.dim() > 2]
+    if not enable_gqa and len(set(heads) - {1}) > 1:  # heads of size 1 broadcast, as in torch
+        raise ValueError(f"key: expected {heads[0]} heads (those of query) without enable_gqa, got {heads[1]}")
     q, k, v, batch = _four_dims(query, key, value)
     mask = None if attn_mask is None else _mask_of_four_dims(attn_mask, batch, (q.shape[-2], k.shape[-2]))
     output = attention(q, k, v, mask=mask, causal="upper_left" if is_causal else None, scale=scale, dropout_p=dropout_p)
