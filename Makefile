@@ -52,7 +52,7 @@ build/sanitize/$(SANITIZE)/%.o: %.cpp $(CXX_SOURCES)
 
 bench: $(VENV)/.kernels
 	$(BIN)/python benchmarks/run.py
-	$(BIN)/python benchmarks/report.py --readme README.md --plot benchmarks/results/recurrent.png
+	$(BIN)/python benchmarks/report.py --readme README.md --plots benchmarks/results
 
 lint: $(VENV)/.package
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ loss and the gradients of its parameters). None: the provider has nothing of its
 """
 
 import importlib.metadata
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,8 @@ def _module_call(
     inputs = tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in workload.inputs())
     if mode == "forward":
         module.eval()
-        return lambda: [_first(module(*inputs))]
+        copies = itertools.cycle([inputs, *_copies(workload, inputs)])
+        return lambda: [_first(module(*next(copies)))]
     parameters = list(module.parameters())
     if isinstance(workload, LanguageModel):
         optimizer = torch.optim.Adam(parameters, fused=fused)
@@ -68,7 +70,7 @@ def _module_call(
             return [loss.detach(), *(parameter.grad for parameter in parameters)]
 
         return step
-    leaves = [inputs[0].requires_grad_(), *parameters]
+    leaves = [*(tensor.requires_grad_() for tensor in inputs), *parameters]
     with torch.no_grad():
         grad_output = workload.grad_output(_first(module(*inputs)))
 
@@ -77,6 +79,24 @@ def _module_call(
         return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
 
     return forward_backward
+
+
+def _copies(workload: Any, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """More inputs of equal values, for a workload that is to find them in memory, not in a cache."""
+    return [tuple(tensor.clone() for tensor in inputs) for _ in range(getattr(workload, "copies", 1) - 1)]
+
+
+def _other(method: str, forward_only: bool = False) -> Callable[[Workload, str, int], Call | None]:
+    """A provider that runs another module of a workload, where that has one."""
+
+    def prepare(workload: Workload, mode: str, threads: int) -> Call | None:
+        if forward_only and mode != "forward":
+            return None
+        make = getattr(workload, method, None)
+        module = make() if make else None
+        return None if module is None else _module_call(workload, module, mode)
+
+    return prepare
 
 
 def reference(workload: Workload, mode: str) -> list[Tensor]:
@@ -139,11 +159,6 @@ def _fastlm(workload: Workload, mode: str, threads: int) -> Call:
     return _module_call(workload, workload.fast_module(), mode)
 
 
-def _fastlm_lengths(workload: Workload, mode: str, threads: int) -> Call | None:
-    """Without packing and unpacking around the layer."""
-    return _module_call(workload, workload.lengths_module(), mode) if isinstance(workload, Varlen) else None
-
-
 def _without_resets(workload: Workload, mode: str, threads: int) -> Call | None:
     """The same layer of fastlm without its mask: what a mask costs."""
     return _module_call(workload, fastlm.replace(workload.recurrent()), mode) if isinstance(workload, Resets) else None
@@ -203,8 +218,12 @@ PROVIDERS = {
         Provider("torch", "torch", "torch", _torch),
         Provider("torch_padded", "torch", "torch", _torch_padded),
         Provider("torch_tuned", "torch", "torch", _torch_tuned),
+        Provider("torch_naive", "torch", "torch", _other("naive_module")),
+        Provider("torch_loop", "torch", "torch", _other("loop_module")),
+        Provider("torch_composed", "torch", "torch", _other("composed_module")),
+        Provider("torch_flex", "torch", "torch", _other("flex_module", forward_only=True)),
         Provider("fastlm", "fastlm", "torch", _fastlm),
-        Provider("fastlm_lengths", "fastlm", "torch", _fastlm_lengths),
+        Provider("fastlm_lengths", "fastlm", "torch", _other("lengths_module")),
         Provider("fastlm_tuned", "fastlm", "torch", _fastlm_tuned),
         Provider("without_resets", "fastlm", "torch", _without_resets, comparable=False),
         Provider("onnxruntime", "onnxruntime", "onnxruntime", _onnxruntime),

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import attention
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import fastlm
 
 MODES = ("forward", "training")
-OPS = ("gru", "lstm")
+OPS = ("gru", "lstm")  # recurrent
+ATTENTION_OPS = ("attention", "mha")
 GATES = {"gru": 3, "lstm": 4}
 LAYERS = {"gru": nn.GRU, "lstm": nn.LSTM}
 CELLS = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}
@@ -315,7 +317,7 @@ class Product:
         return list(results)
 
 
-Workload = Layer | Product
+Workload = Layer | Product | attention.Attention | attention.AttentionModule
 
 
 def _layer(op: str, batch: int, seq_len: int, hidden: int) -> Layer:
@@ -355,6 +357,7 @@ WORKLOADS: tuple[Workload, ...] = (
     *_recurrent("lstm"),
     LanguageModel("lstm", "LM-B", 32, 64, 256, 128),
     Classifier("lstm", "CLS", 32, 200, 128, 256),
+    *attention.WORKLOADS,
     # An input projection as nn.Linear stores its weight, a larger one, and the forms that gradients need.
     Product(2048, 256, 768),
     Product(2048, 1024, 3072),

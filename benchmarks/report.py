@@ -1,6 +1,6 @@
 """Makes the README's tables and the plot from CSVs of run.py, and checks the speed targets.
 
-python benchmarks/report.py --readme README.md --plot benchmarks/results/recurrent.png
+python benchmarks/report.py --readme README.md --plots benchmarks/results
 python benchmarks/report.py --check
 """
 
@@ -12,10 +12,11 @@ from pathlib import Path
 
 import rows
 import targets
-from registry import MODES, OPS
+from registry import ATTENTION_OPS, MODES, OPS
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-TITLES = {"forward": "Forward", "training": "Forward + backward (whole models: a training step)"}
+TITLES = {"forward": "forward", "training": "forward + backward (whole models: a training step)"}
+FAMILIES = {"recurrent": OPS, "attention": ATTENTION_OPS}
 Groups = Mapping[tuple[str, str, str], rows.Group]
 
 
@@ -31,6 +32,13 @@ def _ratio(value: float | None) -> str:
     return f"**{value:.2f}**" if value < 0.995 else f"{value:.2f}"
 
 
+def _share(own: rows.Row | None) -> str:
+    """Of the arithmetic peak; for a row whose limit is memory, of a plain read."""
+    if own is None or own.share is None:
+        return "-"
+    return f"{own.share:.2f}" if own.gbs is None else f"{own.gbs / own.read_gbs:.2f} of a read, {own.gbs:.0f} GB/s"
+
+
 def _line(op: str, workload: str, group: rows.Group) -> str:
     torch_row, peer, own = group.get("torch"), rows.fastest_peer(group), rows.ours(group)
     cells = [
@@ -38,7 +46,7 @@ def _line(op: str, workload: str, group: rows.Group) -> str:
         _ms(torch_row.p50) if torch_row else "-",
         f"{_ms(peer.p50)} {peer.provider}" if peer else "-",
         _ms(own.p50) + (f" {own.provider}" if own.provider != "fastlm" else "") if own else "-",
-        f"{own.share:.2f}" if own and own.share is not None else "-",
+        _share(own),
         _ratio(group["fastlm"].torch_ratio if "fastlm" in group else None),
         _ratio(peer.p50 / own.p50 if peer and own else None),
     ]
@@ -67,8 +75,10 @@ def _conditions(groups: Groups) -> list[str]:
 def markdown(groups: Groups) -> str:
     """Tables of forward, training and plain products, losses included."""
     lines = _conditions(groups) if groups else []
-    for mode in MODES:
-        lines += _table(TITLES[mode], {key: g for key, g in groups.items() if key[0] in OPS and key[2] == mode})
+    for family, ops in FAMILIES.items():
+        for mode in MODES:
+            shown = {key: group for key, group in groups.items() if key[0] in ops and key[2] == mode}
+            lines += _table(f"{family.capitalize()}: {TITLES[mode]}", shown)
     lines += _table("Matrix products", {key: g for key, g in groups.items() if key[0] == "gemm"})
     return "\n".join(lines)
 
@@ -82,25 +92,26 @@ def rewrite(readme: Path, text: str) -> None:
     readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
-def plot(groups: Groups, path: Path) -> None:
-    """Share of the peak for torch, the fastest peer and fastlm, one panel per op and mode."""
+def plot(groups: Groups, family: str, path: Path) -> None:
+    """Share of the peak for torch, the fastest peer and fastlm, one panel per op and mode of a family."""
     from matplotlib.figure import Figure
 
+    ops = FAMILIES[family]
     figure = Figure(figsize=(14, 9), layout="constrained")
-    panels = figure.subplots(len(MODES), len(OPS), sharey=True)
+    panels = figure.subplots(len(MODES), len(ops), sharey=True)
     bars = {
         "torch": (lambda group: group.get("torch"), "#b0b0b0"),
         "fastest peer": (rows.fastest_peer, "#6baed6"),
         "fastlm": (rows.ours, "#d94801"),
     }
-    for panel, (mode, op) in zip(panels.flat, itertools.product(MODES, OPS), strict=True):
+    for panel, (mode, op) in zip(panels.flat, itertools.product(MODES, ops), strict=True):
         shown = {key[1]: group for key, group in groups.items() if key[0] == op and key[2] == mode}
         for offset, (label, (choose, color)) in zip((-0.27, 0.0, 0.27), bars.items(), strict=True):
             chosen = [choose(group) for group in shown.values()]
             shares = [row.share or 0 if row else 0 for row in chosen]
             panel.bar([i + offset for i in range(len(shares))], shares, 0.27, label=label, color=color)
         panel.set_xticks(range(len(shown)), list(shown), rotation=45, ha="right", fontsize=8)
-        panel.set_title(f"{op.upper()}: {TITLES[mode].lower()}", fontsize=10)
+        panel.set_title(f"{op.upper()}: {TITLES[mode]}", fontsize=10)
         panel.set_ylim(0, 1)
         panel.grid(axis="y", alpha=0.3)
     panels[0, 0].legend()
@@ -112,24 +123,24 @@ def plot(groups: Groups, path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; the status is 1 where --check found a missed target."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = [Path(__file__).parent / "results" / "recurrent.csv"]
-    parser.add_argument("csv", nargs="*", type=Path, default=default, help="default: results/recurrent.csv")
+    default = sorted((Path(__file__).parent / "results").glob("*.csv"))
+    parser.add_argument("csv", nargs="*", type=Path, default=default, help="default: all of results/")
     parser.add_argument("--readme", type=Path, help="file whose table is replaced")
-    parser.add_argument("--plot", type=Path, help="PNG to write")
+    parser.add_argument("--plots", type=Path, help="folder to write PNGs to, one per family of operations")
     parser.add_argument("--check", action="store_true", help="print for every speed target whether it was reached")
     arguments = parser.parse_args(argv)
     groups = rows.latest(row for path in arguments.csv for row in rows.read(path))
     if arguments.readme:
         rewrite(arguments.readme, markdown(groups))
-    if arguments.plot:
-        plot(groups, arguments.plot)
+    for family in FAMILIES if arguments.plots else ():
+        plot(groups, family, arguments.plots / f"{family}.png")
     if arguments.check:
         found = list(targets.verdicts(groups))
         print(*(verdict.text for verdict in found), sep="\n")
         counts = [sum(verdict.reached is state for verdict in found) for state in (True, False, None)]
         print("{} reached, {} missed, {} not measured".format(*counts))
         return 1 if counts[1] else 0
-    if not arguments.readme and not arguments.plot:
+    if not arguments.readme and not arguments.plots:
         print(markdown(groups))
     return 0
 

@@ -32,6 +32,7 @@ class Row:
     provider_version: str
     fastlm: str
     git: str
+    gbs: float | None  # GB/s of what the call must read, where that is its limit
 
 
 _NUMBERS = {field.name: int if field.type is int else float for field in fields(Row) if field.type not in (str,)}

@@ -155,7 +155,7 @@ def _arguments(argv: Sequence[str] | None, providers: Mapping[str, Provider]) ->
     parser.add_argument("--modes", type=names(MODES), default=list(MODES), metavar="A,B", help="forward,training")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=3.0, help="time per workload and mode, all providers together")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "recurrent.csv", help="CSV, appended to")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "benchmarks.csv", help="CSV, appended to")
     return parser.parse_args(argv)
 
 
@@ -219,6 +219,7 @@ def main(
                     peak_gflops=None,
                     read_gbs=None,
                     provider_version=versions[name],
+                    gbs=workload.gbytes / p50 * 1e3 if getattr(workload, "q_len", 0) == 1 else None,
                 )
                 for name, (p50, p20, p80) in quantiles.items()
             ]

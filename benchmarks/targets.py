@@ -5,14 +5,15 @@ from typing import NamedTuple
 
 import rows
 import torch
+from attention import Attention
 from registry import WORKLOADS, Layer, Product
 
 PEER_SLACK = 1.15  # what two runs of one program differ by on a shared machine
 
 
 class Target(NamedTuple):
-    """`measure` is "share" (of the peak) or "torch_ratio", at least `bound`; or at most it: "ms", or "resets", the time
-    over that without them.
+    """`measure` is "share" (of the float32 peak: bfloat16 may reach 2), "torch_ratio" or "read" (of a plain read's
+    rate), at least `bound`; or at most it: "ms", or "resets", the time over that without them.
     """
 
     op: str
@@ -45,6 +46,28 @@ _SINGLE = {
     ("gru", "cell_b32_256_x50"): (("share", 0.60), ("share", 0.50)),
     ("lstm", "cell_b32_256_x50"): (("share", 0.60), ("share", 0.50)),
 }
+# Likewise for attention, by the name without _bf16: float32 forward and training, then bfloat16.
+_ATTENTION = {
+    "prefill1024_full": (("share", 0.82), ("share", 0.80), ("share", 1.50), ("share", 1.30)),
+    "b4_512_full": (("share", 0.82), ("share", 0.80), ("share", 1.50), ("share", 1.30)),
+    "b4_512_causal": (("share", 0.68), ("share", 0.68), ("share", 1.32), ("share", 1.10)),
+    "prefill1024_causal": (("share", 0.75), ("share", 0.75), ("share", 1.40), ("share", 1.10)),
+    "long4096_causal": (("share", 0.82), ("share", 0.80), ("share", 1.44), ("share", 1.24)),
+    "gqa2048_causal": (("share", 0.82), ("share", 0.80), ("share", 1.44), ("share", 1.24)),
+    "tiny64_causal": (("torch_ratio", 2), ("torch_ratio", 2), ("torch_ratio", 2), ("torch_ratio", 3)),
+    "small256_causal": (("torch_ratio", 2), ("torch_ratio", 2), ("torch_ratio", 2), ("torch_ratio", 3)),
+    "keypad128": (("torch_ratio", 2), ("torch_ratio", 1.8), ("torch_ratio", 3), ("torch_ratio", 4)),
+    "window256_4096": (("share", 0.55), ("share", 0.50), ("share", 0.80), ("share", 0.70)),
+    "docs16_4096": (("share", 0.55), ("share", 0.50), ("share", 0.80), ("share", 0.70)),
+    "bias1000_d80": (("share", 0.78), ("share", 0.70), ("share", 1.30), ("share", 1.10)),
+    "varlen16x32-512": (("share", 0.65), ("share", 0.60), ("share", 0.90), ("share", 0.80)),
+    "drop0.1_b4_512_causal": (("torch_ratio", 2.5), ("torch_ratio", 2.5)),
+    "drop0.1_small256_causal": (("torch_ratio", 2.5), ("torch_ratio", 2.5)),
+    "decode_gqa4096_hot": (("read", 0.75), ("read", 0.70)),
+    "decode_gqa4096_cold": (("read", 0.75), ("read", 0.70)),
+    "decode_b16_1024": (("read", 0.75), ("read", 0.70)),
+    "decode_b1_128": (("torch_ratio", 1), ("torch_ratio", 3)),
+}
 _LARGE = {"gru": (("share", 0.84), ("share", 0.80)), "lstm": (("share", 0.86), ("share", 0.82))}
 
 
@@ -54,6 +77,10 @@ def _targets() -> Iterator[Target]:
         if isinstance(workload, Product):
             large = workload.m >= 2048 and workload.form == "NT"
             bounds = (("share", 0.90) if large else ("torch_ratio", 1),)
+        elif isinstance(workload, Attention):
+            both = _ATTENTION[workload.name.removesuffix("_bf16")]
+            count = len(workload.modes)
+            bounds = both[count:] if workload.dtype == torch.bfloat16 else both[:count]
         elif bounds is None and type(workload) is Layer and workload.dtype == torch.float32:
             bounds = _LARGE[workload.op]
         for mode, bound in zip(workload.modes, bounds or (), strict=False):
@@ -121,7 +148,13 @@ def _verdict(label: str, measured: float | None, bound: float, unit: str, at_mos
 
 def verdicts(groups: Mapping[tuple[str, str, str], rows.Group]) -> Iterator[Verdict]:
     """Every target of the table, then torch and the fastest peer on every workload that was measured."""
-    units = {"share": "of the peak", "torch_ratio": "times torch", "ms": "ms", "resets": "times without resets"}
+    units = {
+        "share": "of the peak",
+        "torch_ratio": "times torch",
+        "read": "of a plain read",
+        "ms": "ms",
+        "resets": "times without resets",
+    }
     for target in TARGETS:
         group = groups.get((target.op, target.workload, target.mode), {})
         label = f"{target.op}/{target.workload} {target.mode}"
@@ -141,11 +174,14 @@ def verdicts(groups: Mapping[tuple[str, str, str], rows.Group]) -> Iterator[Verd
 
 def _measured(group: rows.Group, target: Target) -> float | None:
     # With lengths either way to say them counts.
-    row = rows.ours(group) if target.workload.endswith("varlen") else group.get("fastlm")
+    either = target.workload.endswith("varlen") or target.workload.startswith(("docs", "keypad"))
+    row = rows.ours(group) if either else group.get("fastlm")
     if row is None:
         return None
     if target.measure == "resets":
         return row.p50 / group["without_resets"].p50 if "without_resets" in group else None
+    if target.measure == "read":
+        return row.gbs / row.read_gbs if row.gbs is not None else None
     return row.p50 if target.measure == "ms" else getattr(row, target.measure)
 
 

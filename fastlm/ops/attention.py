@@ -68,6 +68,11 @@ def scaled_dot_product_attention(
         ValueError: shapes, dtypes or devices disagree, or a number is out of range.
         TypeError: an argument is no Tensor.
     """
+    if attn_mask is None and not dropout_p and _common.is_plain(query, key, value) and query.dim() == 4:
+        try:
+            return _plain(query, key, value, is_causal, scale, enable_gqa)
+        except (RuntimeError, ValueError):
+            pass  # what follows says it by the argument's name, or knows more shapes
     tensors = {"query": query, "key": key, "value": value}
     _common.check_same(tensors)
     for name, tensor in tensors.items():
@@ -80,6 +85,19 @@ def scaled_dot_product_attention(
     mask = None if attn_mask is None else _mask_of_four_dims(attn_mask, batch, (q.shape[-2], k.shape[-2]))
     output = attention(q, k, v, mask=mask, causal="upper_left" if is_causal else None, scale=scale, dropout_p=dropout_p)
     return output.reshape(*batch, *output.shape[-2:])  # type: ignore[union-attr]
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool) -> Tensor:
+    """The common case, with no checks but the op's: a call for a single token would feel them."""
+    width = q.shape[3]
+    if scale is None:
+        scale = 1 / math.sqrt(width) if width else 1.0
+    if not enable_gqa and q.shape[1] != k.shape[1]:
+        raise ValueError
+    right = 0 if is_causal else _UNLIMITED
+    run = _recorded if _common.requires_grad(q, k, v) else _forward_plain
+    options = (None, None, None, None, None, None, None, scale, 0.0, 0.0, False, _UNLIMITED, right)
+    return run(q, k, v, *options)[0]
 
 
 def _four_dims(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Sequence[int]]:

@@ -30,7 +30,7 @@ class AttentionDecode {
  public:
   using T = Compute<S>;
   using V = Vec<T>;
-  static constexpr int64_t kBlockKeys = 64;
+  static constexpr int64_t kBlockKeys = 64, kTogether = 8;
 
   struct Buffers {
     T *queries, *scores;  // of one member
@@ -106,9 +106,22 @@ class AttentionDecode {
     const int64_t n = keys.end - keys.begin, row = sequence_.k_begin + keys.begin;
     const S* k = p_.k.data + item_.b * p_.k.batch + item_.kv_head * p_.k.head + row * p_.k.time;
     const S* v = p_.v.data + item_.b * p_.v.batch + item_.kv_head * p_.v.head + row * p_.v.time;
-    dot_product<S>({queries_, q_stride_, k, p_.k.time, n, p_.dim, scores_, s_stride_, Init::kZero, nullptr}, rows);
+    // Memory is what this waits for: values of this block and keys of the next are called for meanwhile, in between.
+    for (int64_t i = 0; i < n; i += kTogether) {
+      const int64_t count = std::min(kTogether, n - i);
+      fetch(v + i * p_.v.time, p_.v.time, count, p_.v_dim);
+      fetch(k + i * p_.k.time + kBlockKeys * p_.k.time, p_.k.time, count, p_.dim);
+      dot_product<S>({queries_, q_stride_, k + i * p_.k.time, p_.k.time, count, p_.dim, scores_ + i, s_stride_,
+                      Init::kZero, nullptr},
+                     rows);
+    }
     for (int64_t r = 0; r < rows; ++r) weigh(r, keys);
     add_values(rows, n, v);
+  }
+
+  static void fetch(const S* from, int64_t stride, int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; ++r, from += stride)
+      for (int64_t i = 0; i < width; i += 64 / sizeof(S)) __builtin_prefetch(from + i, 0, 2);
   }
 
   // Products with `keys` become what the values are to be multiplied with.
