@@ -5,6 +5,7 @@ They cannot come from autograd, for these functions run below it. No speed ambit
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -254,8 +255,112 @@ def lstm_backward(
     )
 
 
-def _implementation(function: Callable[..., tuple[Tensor, ...]], keeps_last: bool) -> Callable[..., Any]:
-    """bfloat16 is computed in float32, which the reserve (forward's last result) stays in.
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """As the kernel's, in its order of dimensions in memory."""
+    output, lse = reference.attention(q, k, v, *options)
+    return _in_order_of(q, output), lse
+
+
+def _in_order_of(like: Tensor, made: Tensor) -> Tensor:
+    inner_heads = like.dim() == 4 and like.stride(1) < like.stride(2)
+    return made.transpose(1, 2).contiguous().transpose(1, 2) if inner_heads else made.contiguous()
+
+
+def attention_backward(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    keep: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    kv_lengths: Tensor | None,
+    q_starts: Tensor | None,
+    k_starts: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout: float,
+    lower_right: bool,
+    left: int,
+    right: int,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `attention_forward`."""
+    numbers = (scale, softcap, lower_right, left, right)
+    factors = None
+    if q_starts is None or k_starts is None:
+        if seed is not None:
+            factors = reference.dropout_factors(seed, dropout, q.shape[:3], k.shape[2])
+        *grads, grad_scores = _attention_grads(
+            grad_output, grad_lse, q, k, v, output, lse, keep, bias, slopes, kv_lengths, factors, *numbers
+        )
+        grad_bias = grad_scores.sum_to_size(bias.shape) if need_bias and bias is not None else lse.new_empty(0)
+        return (*map(_in_order_of, (q, k, v), grads), grad_bias)  # type: ignore[return-value]
+    whole = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    q_ranges, k_ranges = (pairwise(starts.tolist()) for starts in (q_starts, k_starts))
+    for b, ((first, last), (key, end)) in enumerate(zip(q_ranges, k_ranges, strict=True)):
+        rows = (slice(first, last), slice(key, end), slice(key, end))
+        if seed is not None:
+            factors = reference.dropout_factors(seed, dropout, lse.shape, end - key)[:, first:last]
+        q_b, k_b, v_b, grad_b, output_b = (
+            x[part].transpose(0, 1)[None]
+            for x, part in ((q, rows[0]), (k, rows[1]), (v, rows[2]), (grad_output, rows[0]), (output, rows[0]))
+        )
+        lses = (None if x is None else x[None, :, first:last] for x in (grad_lse, lse))
+        grad_lse_b, lse_b = lses
+        slope = slopes if slopes is None or slopes.shape[0] == 1 else slopes[b : b + 1]
+        *grads, _ = _attention_grads(
+            grad_b, grad_lse_b, q_b, k_b, v_b, output_b, lse_b, None, None, slope, None, factors, *numbers
+        )
+        for into, part, grad in zip(whole, rows, grads, strict=True):
+            into[part] = grad[0].transpose(0, 1)
+    return (*whole, lse.new_empty(0))  # type: ignore[return-value]
+
+
+def _attention_grads(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    lse: Tensor | None,
+    keep: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    kv_lengths: Tensor | None,
+    factors: Tensor | None,
+    scale: float,
+    softcap: float,
+    *numbers: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the scores of one batch (B, H, T, D)."""
+    assert lse is not None
+    group = (k.shape[1], q.shape[1] // max(k.shape[1], 1))
+    k, v = (reference.keys_within(x, q.shape[1], kv_lengths) for x in (k, v))
+    scores, capped = reference.attention_scores(q, k, keep, bias, slopes, kv_lengths, scale, softcap, *numbers)
+    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+    grad_weights = grad_output @ v.mT
+    delta = (grad_output * output).sum(-1)
+    kept = weights
+    if factors is not None:
+        grad_weights, kept = grad_weights * factors.to(q.dtype), weights * factors.to(q.dtype)
+    grad_scores = weights * (grad_weights - (delta if grad_lse is None else delta - grad_lse)[..., None])
+    grad_products = grad_scores * scale
+    if softcap:
+        grad_products = grad_products * (1 - (capped / softcap).square())
+    grad_k, grad_v = (grad.unflatten(1, group).sum(2) for grad in (grad_products.mT @ q, kept.mT @ grad_output))
+    return grad_products @ k, grad_k, grad_v, grad_scores
+
+
+def _implementation(
+    function: Callable[..., tuple[Tensor, ...]], keeps_last: Callable[[Tensor], bool]
+) -> Callable[..., Any]:
+    """bfloat16 is computed in float32, which the last result stays in where keeps_last says so: lse, a kept reserve.
 
     Without autocast: the casts are made before the op; one around the call would make more of them in here.
     """
@@ -268,14 +373,21 @@ def _implementation(function: Callable[..., tuple[Tensor, ...]], keeps_last: boo
                 return function(*args)
             wide = (a.float() if isinstance(a, Tensor) and a.dtype == torch.bfloat16 else a for a in args)
             *results, last = function(*wide)
-        return (*(r.bfloat16() for r in results), last if keeps_last and last.numel() else last.bfloat16())
+        return (*(r.bfloat16() for r in results), last if keeps_last(last) else last.bfloat16())
 
     return run
 
 
 def register() -> None:
     """Makes these functions the CPU implementation of the ops."""
-    for function in (gru_forward, gru_backward, lstm_forward, lstm_backward):
-        keeps_last = function in (gru_forward, lstm_forward)
+    rules: dict[Callable[..., Any], Callable[[Tensor], bool]] = {
+        gru_forward: lambda reserve: reserve.numel() > 0,
+        lstm_forward: lambda reserve: reserve.numel() > 0,
+        gru_backward: lambda grad_bias: False,
+        lstm_backward: lambda grad_bias: False,
+        attention_forward: lambda lse: True,
+        attention_backward: lambda grad_bias: True,
+    }
+    for function, keeps_last in rules.items():
         _schema.LIBRARY.impl(function.__name__, _implementation(function, keeps_last), "CPU")
     _schema.LIBRARY.impl("gemm", reference.gemm, "CPU")

@@ -253,6 +253,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention with all scores written out; arguments as the op takes them (`fastlm.ops.attention` says more)."""
     dtype = q.dtype
+    _check_key_lengths(k, kv_lengths)
     q, k, v, bias = map(_widened, (q, k, v, bias))
     numbers = (scale, softcap, lower_right, left, right)
     if q_starts is None or k_starts is None:
@@ -260,7 +261,7 @@ def attention(
         output, lse = _attend(q, k, v, keep, bias, slopes, kv_lengths, factors, *numbers)
         return output.to(dtype), lse
     outputs, lses = [], []
-    starts = [tensor.tolist() for tensor in (q_starts, k_starts)]
+    starts = [_checked_starts("q", q_starts, q.shape[0]), _checked_starts("k", k_starts, k.shape[0])]
     for b, (first, last) in enumerate(pairwise(starts[0])):
         keys = slice(starts[1][b], starts[1][b + 1])
         one, keys_of_one, values = (x.transpose(0, 1)[None] for x in (q[first:last], k[keys], v[keys]))
@@ -277,6 +278,23 @@ def attention(
     return torch.cat(outputs).to(dtype), torch.cat(lses, 1)
 
 
+def _check_key_lengths(k: Tensor, kv_lengths: Tensor | None) -> None:
+    """Raises ValueError where a length is impossible (not seen while compiling)."""
+    if kv_lengths is None or torch.compiler.is_compiling() or not kv_lengths.numel():
+        return
+    low, high = int(kv_lengths.min()), int(kv_lengths.max())
+    if low < 0 or high > k.shape[2]:
+        raise ValueError(f"kv_lengths: expected numbers from 0 to {k.shape[2]}, got {low if low < 0 else high}")
+
+
+def _checked_starts(name: str, starts: Tensor, rows: int) -> list[int]:
+    """Where packed sequences start, as numbers; ValueError where they do not rise from 0 to at most rows."""
+    numbers = [int(start) for start in starts.tolist()]
+    if numbers[0] != 0 or numbers != sorted(numbers) or numbers[-1] > rows:
+        raise ValueError(f"cu_seqlens_{name}: expected rising numbers from 0 to at most {rows}, got {numbers}")
+    return numbers
+
+
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -286,16 +304,44 @@ def _attend(
     slopes: Tensor | None,
     kv_lengths: Tensor | None,
     factors: Tensor | None,
+    *numbers: Any,
+) -> tuple[Tensor, Tensor]:
+    """One batch of sequences (B, H, T, D); factors: of weights, for dropout."""
+    k, v = (keys_within(x, q.shape[1], kv_lengths) for x in (k, v))
+    scores, _ = attention_scores(q, k, keep, bias, slopes, kv_lengths, *numbers)
+    # A row that sees nothing: weights 0 and no gradient, where a softmax would give NaN.
+    blind = (scores == -torch.inf).all(-1)
+    lse = torch.logsumexp(scores.masked_fill(blind[..., None], 0), -1) if k.shape[2] else scores.sum(-1)
+    weights = torch.exp(scores - lse[..., None])
+    if factors is not None:
+        weights = weights * factors.to(weights.dtype)
+    return weights @ v, lse.masked_fill(blind, -torch.inf)
+
+
+def keys_within(x: Tensor, q_heads: int, kv_lengths: Tensor | None) -> Tensor:
+    """Keys or values for every query head, 0 past a length, where they may be NaN."""
+    if kv_lengths is not None:
+        past = torch.arange(x.shape[2], device=x.device) >= kv_lengths.to(x.device)[:, None]
+        x = x.masked_fill(past[:, None, :, None], 0)
+    return x if q_heads == x.shape[1] else x.repeat_interleave(q_heads // x.shape[1], 1)
+
+
+def attention_scores(
+    q: Tensor,
+    k: Tensor,
+    keep: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    kv_lengths: Tensor | None,
     scale: float,
     softcap: float,
     lower_right: bool,
     left: int,
     right: int,
 ) -> tuple[Tensor, Tensor]:
-    """One batch of sequences (B, H, T, D); factors: of weights, for dropout."""
-    batch, q_heads, q_len, _ = q.shape
-    k_len = k.shape[2]
-    lengths = torch.full((batch,), k_len) if kv_lengths is None else kv_lengths.cpu()
+    """The scores (B, H, Tq, Tk), -inf where a key is not seen; and the same as softcap left them."""
+    q_len, k_len = q.shape[2], k.shape[2]
+    lengths = torch.full((q.shape[0],), k_len) if kv_lengths is None else kv_lengths
     lengths = lengths.to(q.device).view(-1, 1, 1, 1)
     keys = torch.arange(k_len, device=q.device)
     position = torch.arange(q_len, device=q.device)[:, None] + (lengths - q_len if lower_right else 0 * lengths)
@@ -306,26 +352,15 @@ def _attend(
         seen = seen & (keys <= position + right)
     if keep is not None:
         seen = seen & keep
-    if kv_lengths is not None:  # what lies past a length may be NaN
-        inside = (keys < lengths).transpose(-1, -2)
-        k, v = k.masked_fill(~inside, 0), v.masked_fill(~inside, 0)
-    if q_heads != k.shape[1]:
-        k, v = (tensor.repeat_interleave(q_heads // k.shape[1], 1) for tensor in (k, v))
     scores = q @ k.mT * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
+    capped = scores
     if slopes is not None:
         scores = scores - slopes.to(scores.dtype) * (position - keys).abs().to(scores.dtype)
     if bias is not None:
         scores = scores + bias
-    scores = scores.masked_fill(~seen, -torch.inf)
-    # A row that sees nothing: weights 0 and no gradient, where a softmax would give NaN.
-    blind = (scores == -torch.inf).all(-1)
-    lse = torch.logsumexp(scores.masked_fill(blind[..., None], 0), -1) if k_len else scores.sum(-1)
-    weights = torch.exp(scores - lse[..., None])
-    if factors is not None:
-        weights = weights * factors.to(weights.dtype)
-    return weights @ v, lse.masked_fill(blind, -torch.inf)
+    return scores.masked_fill(~seen, -torch.inf), capped
 
 
 def dropout_factors(seed: Tensor, dropout: float, shape: Sequence[int], k_len: int) -> Tensor:

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "core/gates.h"
+#include "cpu/attention.h"
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
 #include "cpu/recurrent.h"
@@ -199,6 +200,79 @@ Bytes product(int64_t m, int64_t n, int64_t k, bool transpose_a, bool transpose_
   return results;
 }
 
+// Attention over heads that share keys, with the options that the bits of `options` switch on.
+struct AttentionSizes {
+  int64_t batch, q_heads, kv_heads, q_len, k_len, dim, v_dim;
+};
+enum : int { kCausal = 1, kWindow = 2, kMask = 4, kBias = 8, kExtras = 16, kPackedRows = 32, kAttentionOptions = 64 };
+
+template <class S>
+Bytes attention(const AttentionSizes& s, int options, const Pool& pool) {
+  using T = Compute<S>;
+  generator.seed(static_cast<unsigned>(s.q_len * 1000 + s.k_len));
+  const bool packed = options & kPackedRows;
+  const int64_t q_rows = s.batch * s.q_len, k_rows = s.batch * s.k_len, scores = q_rows * s.q_heads * s.k_len;
+  const auto q = random<S>(q_rows * s.q_heads * s.dim), k = random<S>(k_rows * s.kv_heads * s.dim);
+  const auto v = random<S>(k_rows * s.kv_heads * s.v_dim), grad = random<S>(q_rows * s.q_heads * s.v_dim);
+  const auto bias = random<S>(s.q_heads * s.q_len * s.k_len);
+  const auto slopes = random<T>(s.q_heads), grad_lse = random<T>(q_rows * s.q_heads);
+  const std::unique_ptr<bool[]> keep(new bool[scores]);
+  for (int64_t i = 0; i < scores; ++i) keep[i] = generator() % 3 == 0;
+  std::vector<int64_t> q_starts(s.batch + 1, q_rows), k_starts(s.batch + 1, k_rows), lengths(s.batch);
+  for (int64_t b = 0; b < s.batch; ++b) {
+    q_starts[b] = b == 0 ? 0 : std::min(q_rows, q_starts[b - 1] + static_cast<int64_t>(generator() % s.q_len));
+    k_starts[b] = b == 0 ? 0 : std::min(k_rows, k_starts[b - 1] + static_cast<int64_t>(generator() % (s.k_len + 1)));
+    lengths[b] = static_cast<int64_t>(generator() % (s.k_len + 1));
+  }
+  // (B, T, H, D): heads are the inner dimension, as projections leave them.
+  const auto heads = [&](auto* data, int64_t count, int64_t rows, int64_t width) {
+    return Heads<std::remove_pointer_t<decltype(data)>>{data, packed ? 0 : rows * count * width, width, count * width};
+  };
+  const auto fill = [&](AttentionParams<S>& p) {
+    p.batch = s.batch, p.q_heads = s.q_heads, p.kv_heads = s.kv_heads, p.dim = s.dim, p.v_dim = s.v_dim;
+    p.q_len = s.q_len, p.k_len = s.k_len;
+    if (packed) {
+      p.q_starts = q_starts.data(), p.k_starts = k_starts.data();
+      for (int64_t b = 0; b < s.batch; ++b) {
+        p.q_len = std::max(p.q_len, q_starts[b + 1] - q_starts[b]);
+        p.k_len = std::max(p.k_len, k_starts[b + 1] - k_starts[b]);
+      }
+    }
+    p.q = heads(q.data(), s.q_heads, s.q_len, s.dim), p.k = heads(k.data(), s.kv_heads, s.k_len, s.dim);
+    p.v = heads(v.data(), s.kv_heads, s.k_len, s.v_dim);
+    p.scale = T(0.5), p.left = options & kWindow ? 20 : -1, p.right = options & (kCausal | kWindow) ? 0 : -1;
+    p.lower_right = options & kCausal;
+    if (options & kMask && !packed) p.keep = {keep.get(), s.q_heads * s.q_len * s.k_len, s.q_len * s.k_len, s.k_len, 1};
+    if (options & kBias && !packed) p.bias = {bias.data(), 0, s.q_len * s.k_len, s.k_len, 1};
+    if (!(options & kExtras)) return;
+    p.slopes = {slopes.data(), 0, 1, 0, 0}, p.softcap = T(2), p.dropout = 0.25, p.seed = 42;
+    if (!packed) p.kv_lengths = lengths.data();
+  };
+
+  std::vector<S> output(grad.size()), grad_q(q.size()), grad_k(k.size()), grad_v(v.size());
+  std::vector<T> lse(grad_lse.size()), grad_bias(bias.size());
+  const int64_t lse_batch = packed ? 0 : s.q_heads * s.q_len, lse_head = packed ? q_rows : s.q_len;
+  AttentionForwardParams<S> f{};
+  fill(f);
+  f.output = heads(output.data(), s.q_heads, s.q_len, s.v_dim), f.lse = {lse.data(), lse_batch, lse_head, 1};
+  cpu::attention_forward(f, pool.threads, pool.run);
+  AttentionBackwardParams<S> b{};
+  fill(b);
+  b.grad_output = heads(grad.data(), s.q_heads, s.q_len, s.v_dim);
+  b.output = heads(static_cast<const S*>(output.data()), s.q_heads, s.q_len, s.v_dim);
+  b.lse = {lse.data(), lse_batch, lse_head, 1};
+  if (options & kExtras) b.grad_lse = {grad_lse.data(), lse_batch, lse_head, 1};
+  b.grad_q = heads(grad_q.data(), s.q_heads, s.q_len, s.dim),
+  b.grad_k = heads(grad_k.data(), s.kv_heads, s.k_len, s.dim);
+  b.grad_v = heads(grad_v.data(), s.kv_heads, s.k_len, s.v_dim);
+  if (b.bias.data) b.grad_bias = {grad_bias.data(), 0, s.q_len * s.k_len, s.k_len, 1};
+  cpu::attention_backward(b, pool.threads, pool.run);
+  Bytes results;
+  for (const auto& values : {output, grad_q, grad_k, grad_v}) add(results, values);
+  add(results, lse), add(results, grad_bias);
+  return results;
+}
+
 template <class Run>
 void same_on_every_pool(const std::string& what, const Run& run) {
   const auto expected = run(kPools[0]);
@@ -226,8 +300,20 @@ void run_recurrent() {
       });
 }
 
+template <class S>
+void run_attention() {
+  // Single queries, few and many; keys in several chunks and parts; odd widths; shared keys.
+  const AttentionSizes sizes[] = {{1, 2, 2, 1, 5, 8, 8},      {2, 4, 1, 2, 700, 17, 3},  {1, 3, 3, 40, 33, 64, 64},
+                                  {2, 2, 1, 70, 300, 33, 16}, {1, 1, 1, 30, 1100, 8, 9}, {3, 2, 2, 13, 1, 1, 80}};
+  for (const auto& s : sizes)
+    for (int options = 0; options < kAttentionOptions; ++options)
+      same_on_every_pool("attention Tq " + std::to_string(s.q_len) + " options " + std::to_string(options),
+                         [&](const Pool& pool) { return attention<S>(s, options, pool); });
+}
+
 template <class T>
 void run_all() {
+  run_attention<T>();
   run_recurrent<T>();
   if (sizeof(T) == 4)
     same_on_every_pool("T 200", [](const Pool& pool) {
@@ -251,6 +337,7 @@ int main(int argc, char** argv) {
     run_all<float>();
     run_all<double>();
     run_recurrent<BFloat16>();
+    run_attention<BFloat16>();
     std::printf("%s: every kernel ran\n", isa.c_str());
   }
 }
