@@ -160,6 +160,7 @@ def attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     _seed: Tensor | None = None,
+    _bias: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The product softmax(q k^T) v with all that models put into the scores; nothing of size Tq x Tk is stored.
 
@@ -207,6 +208,8 @@ def attention(
         raise ValueError(f"v: expected shape (B, Hkv, Tk, Dv) = {(*k.shape[:3], 'Dv')}, got {tuple(v.shape)}")
     batch, q_heads, q_len, _ = q.shape
     keep, bias = _check_mask(mask, q, (batch, q_heads, q_len, k.shape[2]))
+    if _bias is not None:  # a float mask besides a bool one: the kernels read both in place
+        bias = _check_mask(_bias, q, (batch, q_heads, q_len, k.shape[2]))[1]
     if kv_lengths is not None:
         kv_lengths = _common.integers("kv_lengths", kv_lengths)
         _common.check_shape("kv_lengths", kv_lengths, (batch,), "(B,)")

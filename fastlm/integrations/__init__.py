@@ -1,0 +1,1 @@
+"""fastlm inside of other libraries, each imported only where it is used."""
