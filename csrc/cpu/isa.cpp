@@ -26,6 +26,10 @@ FASTLM_DECLARE_ISA(scalar)
 #if defined(__x86_64__)
 FASTLM_DECLARE_ISA(avx2)
 FASTLM_DECLARE_ISA(avx512)
+namespace avx512_bf16 {
+extern const AttentionKernels<BFloat16> kAttentionBFloat16;
+constexpr Kernels<BFloat16> kBFloat16{&avx512::kGruBFloat16, &avx512::kLstmBFloat16, &kAttentionBFloat16};
+}  // namespace avx512_bf16
 #endif
 #ifdef FASTLM_WIDE_ISA
 FASTLM_DECLARE_ISA(wide)
@@ -48,6 +52,7 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 // Plainest first: the default is the last usable one that is not for tests.
@@ -59,6 +64,7 @@ const Isa kIsas[] = {
 #if defined(__x86_64__)
     {"avx2", has_avx2, &avx2::kFloat, &avx2::kDouble, &avx2::kBFloat16},
     {"avx512", has_avx512, &avx512::kFloat, &avx512::kDouble, &avx512::kBFloat16},
+    {"avx512_bf16", has_avx512_bf16, &avx512::kFloat, &avx512::kDouble, &avx512_bf16::kBFloat16},
 #endif
 };
 

@@ -68,8 +68,10 @@ void attention_backward(const AttentionBackwardParams<S>& p, const AttentionPlan
   });
 }
 
+#ifndef FASTLM_BFLOAT16_ONLY
 extern const AttentionKernels<float> kAttentionFloat{attention_forward<float>, attention_backward<float>};
 extern const AttentionKernels<double> kAttentionDouble{attention_forward<double>, attention_backward<double>};
+#endif
 extern const AttentionKernels<BFloat16> kAttentionBFloat16{attention_forward<BFloat16>, attention_backward<BFloat16>};
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

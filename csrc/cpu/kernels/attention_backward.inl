@@ -13,35 +13,48 @@ template <class S>
 class AttentionBackward {
  public:
   using T = Compute<S>;
+  using E = Operand<S>;
   using V = Vec<T>;
   static constexpr int64_t kBlockKeys = 64, kBlockQueries = 128;  // both matrices of a block stay near
 
   struct Buffers {
     // Of one member. Rows: all queries, or all keys of an item.
-    T *queries, *grads, *grad_q, *delta, *grad_k, *grad_v;
-    T *key_panels, *value_panels, *key_rows;  // of a block of keys
+    E *queries, *grads, *query_panels, *grad_panels;  // the panels are the rows where products take numbers
+    T *grad_q, *delta, *grad_k, *grad_v;
+    E *key_panels, *value_panels, *key_rows;  // of a block of keys
     T *weights, *grad_scores, *capped, *factors;
-    Keys *tiles, *rows;  // what tiles and rows of a block see
-    T* partial;          // of all members: gradients of q by part, where there are several
+    E *weight_columns, *grad_columns, *grad_rows;  // of a block, as products take them; the same again
+    Keys *tiles, *rows;                            // what tiles and rows of a block see
+    T* partial;                                    // of all members: gradients of q by part, where there are several
 
     static Buffers take(Workspace& workspace, const AttentionBackwardParams<S>& p, const AttentionPlan& plan,
                         int64_t query_rows) {
-      const int64_t q_stride = row_stride<T>(p.dim), v_stride = row_stride<T>(p.v_dim),
-                    s_stride = row_stride<T>(kBlockKeys);
-      Buffers b;
-      b.queries = workspace.take<T>(p.q_len * q_stride);
-      b.grads = workspace.take<T>(p.q_len * v_stride);
+      const int64_t q_stride = row_stride<T>(p.dim), v_stride = row_stride<T>(p.v_dim);
+      const int64_t s_stride = row_stride<T>(kBlockKeys), block = kBlockQueries * s_stride;
+      const int64_t q_len = even_up(p.q_len);
+      Buffers b{};
+      b.queries = workspace.take<E>(q_len * row_stride<E>(p.dim));
+      b.grads = workspace.take<E>(q_len * row_stride<E>(p.v_dim));
+      b.query_panels = kPairs<E> ? workspace.take<E>(blocks(p.q_len) * kBlockQueries * q_stride) : b.queries;
+      b.grad_panels = kPairs<E> ? workspace.take<E>(blocks(p.q_len) * kBlockQueries * v_stride) : b.grads;
       b.grad_q = workspace.take<T>(p.q_len * q_stride);
       b.delta = workspace.take<T>(p.q_len);
       b.grad_k = workspace.take<T>(plan.most_rows * q_stride);
       b.grad_v = workspace.take<T>(plan.most_rows * v_stride);
-      b.key_panels = workspace.take<T>(kBlockKeys * p.dim);
-      b.value_panels = workspace.take<T>(kBlockKeys * p.v_dim);
-      b.key_rows = workspace.take<T>(kBlockKeys * q_stride);
-      b.weights = workspace.take<T>(kBlockQueries * s_stride);
-      b.grad_scores = workspace.take<T>(kBlockQueries * s_stride);
+      b.key_panels = workspace.take<E>(kBlockKeys * panel_depth<E>(p.dim));
+      b.value_panels = workspace.take<E>(kBlockKeys * panel_depth<E>(p.v_dim));
+      b.key_rows = workspace.take<E>(kBlockKeys * q_stride);
+      b.weights = workspace.take<T>(block);
+      b.grad_scores = workspace.take<T>(block);
       b.capped = workspace.take<T>(kBlockKeys);
       b.factors = workspace.take<T>(kBlockKeys);
+      if constexpr (kPairs<E>) {
+        b.weight_columns = workspace.take<E>(block);
+        b.grad_columns = workspace.take<E>(block);
+        b.grad_rows = workspace.take<E>(block);
+      } else {
+        b.weight_columns = b.weights, b.grad_columns = b.grad_rows = b.grad_scores;
+      }
       b.tiles = workspace.take<Keys>(kBlockQueries);
       b.rows = workspace.take<Keys>(kBlockQueries);
       b.partial = workspace.take<T>(query_rows * p.dim);
@@ -56,7 +69,9 @@ class AttentionBackward {
         group_(p.q_heads / p.kv_heads),
         dropout_(Dropout::make(p.dropout, p.seed)),
         q_stride_(row_stride<T>(p.dim)),
-        v_stride_(row_stride<T>(p.v_dim)) {}
+        v_stride_(row_stride<T>(p.v_dim)),
+        q_rows_stride_(row_stride<E>(p.dim)),
+        v_rows_stride_(row_stride<E>(p.v_dim)) {}
 
   // How many rows dQ has in all, once for every part where there are several.
   static int64_t partial_rows(const AttentionBackwardParams<S>& p, const AttentionPlan& plan) {
@@ -136,30 +151,45 @@ class AttentionBackward {
 
   void load_queries() {
     const int64_t n = sequence_.q_len;
-    copy_rows(rows_of(p_.q, head_, sequence_.q_begin), p_.q.time, n, p_.dim, buffers_.queries, q_stride_);
-    const S* output = rows_of(p_.output, head_, sequence_.q_begin);
-    copy_rows(rows_of(p_.grad_output, head_, sequence_.q_begin), p_.grad_output.time, n, p_.v_dim, buffers_.grads,
-              v_stride_);
+    const S* q = rows_of(p_.q, head_, sequence_.q_begin);
+    const S* grad = rows_of(p_.grad_output, head_, sequence_.q_begin);
+    copy_rows(q, p_.q.time, n, p_.dim, buffers_.queries, q_rows_stride_);
+    copy_rows(grad, p_.grad_output.time, n, p_.v_dim, buffers_.grads, v_rows_stride_);
+    for (int64_t i = 0; kPairs<E> && i < blocks(n); ++i) {
+      const auto [begin, end] = block(i);
+      const int64_t place = i * kBlockQueries;
+      pack_panel(q + begin * p_.q.time, p_.q.time, end - begin, p_.dim, buffers_.query_panels + place * q_stride_,
+                 q_stride_);
+      pack_panel(grad + begin * p_.grad_output.time, p_.grad_output.time, end - begin, p_.v_dim,
+                 buffers_.grad_panels + place * v_stride_, v_stride_);
+    }
     std::fill_n(buffers_.grad_q, n * q_stride_, T(0));
-    for (int64_t i = 0; i < n; ++i, output += p_.output.time) {
+    const S* output = rows_of(p_.output, head_, sequence_.q_begin);
+    for (int64_t i = 0; i < n; ++i, output += p_.output.time, grad += p_.grad_output.time) {
       V sum = V::zero();
       for (int64_t d = 0; d < p_.v_dim; d += V::kLanes)
-        sum = fma(load_as<V>(output + d, p_.v_dim - d), V::load(buffers_.grads + i * v_stride_ + d), sum);
+        sum = fma(load_as<V>(output + d, p_.v_dim - d), load_as<V>(grad + d, p_.v_dim - d), sum);
       buffers_.delta[i] = total(sum);
       if (p_.grad_lse.data) buffers_.delta[i] -= rows_of(p_.grad_lse, head_, sequence_.q_begin)[i * p_.grad_lse.time];
     }
   }
 
+  static int64_t blocks(int64_t queries) { return (queries + kBlockQueries - 1) / kBlockQueries; }
+  Team::Range block(int64_t i) const {
+    const int64_t n = sequence_.q_len, count = blocks(n);
+    return {n * i / count, n * (i + 1) / count};
+  }
+
   void key_block(const HeadScores<S>& rule, int64_t first, int64_t last) {
     bool packed = false;
-    const int64_t blocks = (sequence_.q_len + kBlockQueries - 1) / kBlockQueries;
-    for (int64_t i = 0; i < blocks; ++i) {
-      const Team::Range block{sequence_.q_len * i / blocks, sequence_.q_len * (i + 1) / blocks};
-      if (!look(rule, block, first, last)) continue;
+    for (int64_t i = 0; i < blocks(sequence_.q_len); ++i) {
+      const auto queries = block(i);
+      if (!look(rule, queries, first, last)) continue;
       if (!packed) pack(first, last);
       packed = true;
-      weigh(rule, block, first);
-      add_to_keys(block, first, last);
+      weigh(rule, queries, first);
+      if constexpr (kPairs<E>) make_columns(queries);
+      add_to_keys(i, first, last);
     }
   }
 
@@ -181,11 +211,11 @@ class AttentionBackward {
   }
 
   void pack(int64_t first, int64_t last) {
-    const Keys all{0, last - first};
     const S* k = rows_of(p_.k, kv_head_, sequence_.k_begin + first);
-    pack_keys(k, p_.k.time, all, p_.dim, buffers_.key_panels);
-    pack_keys(rows_of(p_.v, kv_head_, sequence_.k_begin + first), p_.v.time, all, p_.v_dim, buffers_.value_panels);
-    copy_rows(k, p_.k.time, last - first, p_.dim, buffers_.key_rows, q_stride_);
+    pack_keys(k, p_.k.time, 0, last - first, p_.dim, buffers_.key_panels);
+    pack_keys(rows_of(p_.v, kv_head_, sequence_.k_begin + first), p_.v.time, 0, last - first, p_.v_dim,
+              buffers_.value_panels);
+    pack_panel(k, p_.k.time, last - first, p_.dim, buffers_.key_rows, q_stride_);
   }
 
   // Weights and gradients of scores of a block, zero where nothing is seen, and their part of dQ.
@@ -206,16 +236,17 @@ class AttentionBackward {
         continue;
       }
       const int64_t panel = keys.begin / kCols<T> * kCols<T>;
-      multiply<false>(
-          end - begin, p_.dim, to - panel,
-          TileByPanels<T>{buffers_.queries + begin * q_stride_, q_stride_, buffers_.key_panels + panel * p_.dim,
-                          kCols<T>, kCols<T> * p_.dim, weights + panel, s_stride_},
-          false);
-      multiply<false>(
-          end - begin, p_.v_dim, to - panel,
-          TileByPanels<T>{buffers_.grads + begin * v_stride_, v_stride_, buffers_.value_panels + panel * p_.v_dim,
-                          kCols<T>, kCols<T> * p_.v_dim, grads + panel, s_stride_},
-          false);
+      const int64_t q_depth = panel_depth<E>(p_.dim), v_depth = panel_depth<E>(p_.v_dim);
+      multiply<false>(end - begin, p_.dim, to - panel,
+                      PanelProduct<E>{buffers_.queries + begin * q_rows_stride_, q_rows_stride_,
+                                      buffers_.key_panels + panel * q_depth, kPairing<E> * kCols<T>, kCols<T> * q_depth,
+                                      weights + panel, s_stride_},
+                      false);
+      multiply<false>(end - begin, p_.v_dim, to - panel,
+                      PanelProduct<E>{buffers_.grads + begin * v_rows_stride_, v_rows_stride_,
+                                      buffers_.value_panels + panel * v_depth, kPairing<E> * kCols<T>,
+                                      kCols<T> * v_depth, grads + panel, s_stride_},
+                      false);
       for (int64_t r = 0; r < end - begin; ++r) {
         std::fill(weights + r * s_stride_ + panel, weights + r * s_stride_ + from, T(0));
         std::fill(grads + r * s_stride_ + panel, grads + r * s_stride_ + from, T(0));
@@ -223,10 +254,31 @@ class AttentionBackward {
         buffers_.rows[begin - block.begin + r] = weigh_row(rule, begin + r, first, {own.begin - first, own.end - first},
                                                            from, to, weights + r * s_stride_, grads + r * s_stride_);
       }
-      multiply<false>(end - begin, keys.end - keys.begin, p_.dim,
-                      TileByPanels<T>{grads + keys.begin, s_stride_, buffers_.key_rows + keys.begin * q_stride_,
-                                      q_stride_, kCols<T>, buffers_.grad_q + begin * q_stride_, q_stride_},
-                      true);
+      E* rows = buffers_.grad_rows + (begin - block.begin) * s_stride_;
+      if constexpr (kPairs<E>)
+        for (int64_t r = 0; r < end - begin; ++r) round_row(grads + r * s_stride_, rows + r * s_stride_, 1);
+      multiply<false>(
+          end - begin, keys.end - from, p_.dim,
+          PanelProduct<E>{rows + from, s_stride_, buffers_.key_rows + from * q_stride_, kPairing<E> * q_stride_,
+                          kPairing<E> * kCols<T>, buffers_.grad_q + begin * q_stride_, q_stride_},
+          true);
+    }
+  }
+
+  // A row of a block's matrix as an operand, its elements `step` apart.
+  static void round_row(const T* from, BFloat16* to, int64_t step) {
+    BFloat16 row[kBlockKeys];
+    for (int64_t i = 0; i < kBlockKeys; i += V::kLanes) store_as(V::load(from + i), row + i, V::kLanes);
+    for (int64_t i = 0; i < kBlockKeys; ++i) to[i * step] = row[i];
+  }
+
+  // Both matrices of a block with their rows in pairs.
+  void make_columns(Team::Range block) {
+    const int64_t rows = block.end - block.begin;
+    for (const auto& [from, to] : {std::pair{buffers_.weights, buffers_.weight_columns},
+                                   std::pair{buffers_.grad_scores, buffers_.grad_columns}}) {
+      for (int64_t r = 0; r < rows; ++r) round_row(from + r * s_stride_, to + r / 2 * 2 * s_stride_ + r % 2, 2);
+      for (int64_t i = 0; rows % 2 && i < kBlockKeys; ++i) to[(rows - 1) * s_stride_ + 2 * i + 1] = BFloat16{};
     }
   }
 
@@ -275,9 +327,11 @@ class AttentionBackward {
     for (int64_t i = own.begin; i < own.end; ++i) row[i * to.key] += grads[i];
   }
 
-  // The block's part of dK and dV, for tiles of keys, over the queries that see some of them.
-  void add_to_keys(Team::Range block, int64_t first, int64_t last) {
-    const int64_t rows = block.end - block.begin, keys = last - first, tiles = (keys + kTileRows - 1) / kTileRows;
+  // The part of block i of dK and dV, for tiles of keys, over the queries that see some of them.
+  void add_to_keys(int64_t i, int64_t first, int64_t last) {
+    const auto queries = block(i);
+    const int64_t rows = queries.end - queries.begin, keys = last - first, tiles = (keys + kTileRows - 1) / kTileRows;
+    const int64_t place = kPairs<E> ? i * kBlockQueries : queries.begin;  // of the block's first in the panels
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t n = keys * t / tiles, end = keys * (t + 1) / tiles, key = first - begin_ + n;
       const auto sees = [&](int64_t r) { return buffers_.rows[r].begin < end && buffers_.rows[r].end > n; };
@@ -285,17 +339,18 @@ class AttentionBackward {
       while (low < high && !sees(low)) ++low;
       while (low < high && !sees(high - 1)) --high;
       if (low == high) continue;
-      const int64_t query = block.begin + low;
+      low = low / kPairing<E> * kPairing<E>;
       multiply<true>(
           end - n, high - low, p_.v_dim,
-          TileByPanels<T>{buffers_.weights + low * s_stride_ + n, s_stride_, buffers_.grads + query * v_stride_,
-                          v_stride_, kCols<T>, buffers_.grad_v + key * v_stride_, v_stride_},
+          PanelProduct<E>{buffers_.weight_columns + low * s_stride_ + kPairing<E> * n, kPairing<E> * s_stride_,
+                          buffers_.grad_panels + (place + low) * v_stride_, kPairing<E> * v_stride_,
+                          kPairing<E> * kCols<T>, buffers_.grad_v + key * v_stride_, v_stride_},
           true);
-      multiply<true>(
-          end - n, high - low, p_.dim,
-          TileByPanels<T>{buffers_.grad_scores + low * s_stride_ + n, s_stride_, buffers_.queries + query * q_stride_,
-                          q_stride_, kCols<T>, buffers_.grad_k + key * q_stride_, q_stride_},
-          true);
+      multiply<true>(end - n, high - low, p_.dim,
+                     PanelProduct<E>{buffers_.grad_columns + low * s_stride_ + kPairing<E> * n, kPairing<E> * s_stride_,
+                                     buffers_.query_panels + (place + low) * q_stride_, kPairing<E> * q_stride_,
+                                     kPairing<E> * kCols<T>, buffers_.grad_k + key * q_stride_, q_stride_},
+                     true);
     }
   }
 
@@ -305,6 +360,7 @@ class AttentionBackward {
   const int64_t group_;
   const Dropout dropout_;
   const int64_t q_stride_, v_stride_, s_stride_ = row_stride<T>(kBlockKeys);
+  const int64_t q_rows_stride_, v_rows_stride_;  // of the operands' rows
   int64_t b_ = 0, kv_head_ = 0, head_ = 0, part_ = 0, begin_ = 0, end_ = 0;
   AttentionSequence sequence_{};
 };

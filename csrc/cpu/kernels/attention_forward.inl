@@ -16,19 +16,23 @@ template <class S>
 class AttentionForward {
  public:
   using T = Compute<S>;
+  using E = Operand<S>;
   using V = Vec<T>;
 
   // Scratch of one member.
   struct Buffers {
-    T *key_panels, *values, *queries, *sums, *scores, *factors;
+    E *key_panels, *values, *queries;
+    E* weights;  // of a tile, where products take them in another type than that of scores
+    T *sums, *scores, *factors;
     Softmax<T>* softmax;
     Keys* seen;  // of every tile, in the chunk at hand
 
     static Buffers take(Workspace& workspace, const AttentionParams<S>& p, int64_t rows) {
       Buffers b;
-      b.key_panels = workspace.take<T>(kChunkKeys * p.dim);
-      b.values = workspace.take<T>(kChunkKeys * row_stride<T>(p.v_dim));
-      b.queries = workspace.take<T>(rows * row_stride<T>(p.dim));
+      b.key_panels = workspace.take<E>(kChunkKeys * panel_depth<E>(p.dim));
+      b.values = workspace.take<E>(kChunkKeys * row_stride<T>(p.v_dim));
+      b.queries = workspace.take<E>(rows * row_stride<E>(p.dim));
+      b.weights = workspace.take<E>(kPairs<E> ? kTileRows * row_stride<E>(kChunkKeys) : 0);
       b.sums = workspace.take<T>(rows * row_stride<T>(p.v_dim));
       b.scores = workspace.take<T>(kTileRows * row_stride<T>(kChunkKeys));
       b.factors = workspace.take<T>(kChunkKeys);
@@ -43,7 +47,7 @@ class AttentionForward {
         buffers_(buffers),
         group_(p.q_heads / p.kv_heads),
         dropout_(Dropout::make(p.dropout, p.seed)),
-        q_stride_(row_stride<T>(p.dim)),
+        q_stride_(row_stride<E>(p.dim)),
         v_stride_(row_stride<T>(p.v_dim)),
         s_stride_(row_stride<T>(kChunkKeys)) {}
 
@@ -100,24 +104,24 @@ class AttentionForward {
   }
 
   void pack(int64_t first, Keys keys) {
-    const int64_t row = sequence_.k_begin + first;
-    pack_keys(p_.k.data + item_.b * p_.k.batch + item_.kv_head * p_.k.head + row * p_.k.time, p_.k.time, keys, p_.dim,
-              buffers_.key_panels);
-    copy_rows(p_.v.data + item_.b * p_.v.batch + item_.kv_head * p_.v.head + (row + keys.begin) * p_.v.time, p_.v.time,
-              keys.end - keys.begin, p_.v_dim, buffers_.values + keys.begin * v_stride_, v_stride_);
+    const int64_t begin = lanes_down<T>(keys.begin), row = sequence_.k_begin + first;
+    pack_keys(p_.k.data + item_.b * p_.k.batch + item_.kv_head * p_.k.head + row * p_.k.time, p_.k.time, keys.begin,
+              keys.end, p_.dim, buffers_.key_panels);
+    pack_panel(p_.v.data + item_.b * p_.v.batch + item_.kv_head * p_.v.head + (row + begin) * p_.v.time, p_.v.time,
+               keys.end - begin, p_.v_dim, buffers_.values + begin * v_stride_, v_stride_);
   }
 
   // One tile of queries of head g with `keys` of the chunk from `first` on.
   void attend(const HeadScores<S>& rule, int64_t g, Team::Range tile, int64_t first, Keys keys) {
     const int64_t rows = tile.end - tile.begin, place = g * queries_ + tile.begin;
     const int64_t panel = keys.begin / kCols<T> * kCols<T>, begin = lanes_down<T>(keys.begin),
-                  end = lanes_up<T>(keys.end);
+                  end = lanes_up<T>(keys.end), depth = panel_depth<E>(p_.dim);
     T* s = buffers_.scores;
     T* sums = buffers_.sums + place * v_stride_;
     multiply<false>(
         rows, p_.dim, end - panel,
-        TileByPanels<T>{buffers_.queries + place * q_stride_, q_stride_, buffers_.key_panels + panel * p_.dim, kCols<T>,
-                        kCols<T> * p_.dim, s + panel, s_stride_},
+        PanelProduct<E>{buffers_.queries + place * q_stride_, q_stride_, buffers_.key_panels + panel * depth,
+                        kPairing<E> * kCols<T>, kCols<T> * depth, s + panel, s_stride_},
         false);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t query = item_.begin + tile.begin + r;
@@ -128,11 +132,20 @@ class AttentionForward {
       const T factor = buffers_.softmax[place + r].add(row, begin, end, here, rule.scale());
       if (factor != T(1)) scale_row(sums + r * v_stride_, factor);
       if (dropout_.active()) drop(query, g, first, begin, end, row);
+      if constexpr (kPairs<E>)
+        for (int64_t i = begin; i < end; i += V::kLanes)
+          store_as(V::load(row + i), buffers_.weights + r * w_stride_ + i, V::kLanes);
     }
-    multiply<false>(rows, keys.end - keys.begin, p_.v_dim,
-                    TileByPanels<T>{s + keys.begin, s_stride_, buffers_.values + keys.begin * v_stride_, v_stride_,
-                                    kCols<T>, sums, v_stride_},
-                    true);
+    const E* weights;
+    if constexpr (kPairs<E>)
+      weights = buffers_.weights;
+    else
+      weights = s;
+    multiply<false>(
+        rows, keys.end - begin, p_.v_dim,
+        PanelProduct<E>{weights + begin, kPairs<E> ? w_stride_ : s_stride_, buffers_.values + begin * v_stride_,
+                        kPairing<E> * v_stride_, kPairing<E> * kCols<T>, sums, v_stride_},
+        true);
   }
 
   void scale_row(T* row, T factor) const {
@@ -175,7 +188,7 @@ class AttentionForward {
   const Buffers buffers_;
   const int64_t group_;
   const Dropout dropout_;
-  const int64_t q_stride_, v_stride_, s_stride_;
+  const int64_t q_stride_, v_stride_, s_stride_, w_stride_ = row_stride<E>(kChunkKeys);
   AttentionItem item_{};
   AttentionSequence sequence_{};
   int64_t queries_ = 0, tiles_ = 0;

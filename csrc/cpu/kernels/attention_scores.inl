@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "cpu/attention.h"
-#include "cpu/kernels/gemm.inl"
+#include "cpu/kernels/operands.inl"
 #include "cpu/simd/math.h"
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
@@ -16,79 +16,6 @@ struct Keys {
   bool empty() const { return begin >= end; }
   Keys clipped(int64_t from, int64_t to) const { return {std::max(begin, from), std::min(end, to)}; }
 };
-
-template <class T>
-constexpr int64_t lanes_down(int64_t n) {
-  return n / Vec<T>::kLanes * Vec<T>::kLanes;
-}
-template <class T>
-constexpr int64_t lanes_up(int64_t n) {
-  return lanes_down<T>(n + Vec<T>::kLanes - 1);
-}
-
-// Rows are kept dense at a stride of an odd number of cache lines, so that a column of them uses all of the cache.
-template <class T>
-int64_t row_stride(int64_t width) {
-  const int64_t line = 64 / sizeof(T);
-  return ((width + line - 1) / line | 1) * line;
-}
-
-// Rows converted and filled up with zeros to whole vectors.
-template <class S, class T>
-void copy_rows(const S* from, int64_t from_stride, int64_t rows, int64_t width, T* to, int64_t to_stride) {
-  using V = Vec<T>;
-  for (int64_t r = 0; r < rows; ++r, from += from_stride, to += to_stride)
-    for (int64_t i = 0; i < width; i += V::kLanes) load_as<V>(from + i, width - i).store(to + i);
-}
-
-// All panels [dim][kCols] that hold some of the keys, which count from the first panel's first one.
-template <class S, class T>
-void pack_keys(const S* first, int64_t stride, Keys keys, int64_t dim, T* panels) {
-  for (int64_t n = keys.begin / kCols<T> * kCols<T>; n < keys.end; n += kCols<T>)
-    pack_transposed(first + n * stride, stride, dim, std::min(kCols<T>, keys.end - n), panels + n * dim);
-}
-
-// C (rows <= kTileRows, cols rounded up to vectors) = [C +] A B, where panel i of B begins at b + i * panel_step.
-template <class T>
-struct TileByPanels {
-  const T* a;
-  int64_t a_stride;  // of rows, or for kColumns of columns
-  const T* b;
-  int64_t b_stride, panel_step;
-  T* c;
-  int64_t c_stride;
-};
-template <bool kColumns, class T>
-void run_narrow_tile(int rows, int64_t vectors, const TileParams<T>& p) {
-  using Tile = void (*)(const TileParams<T>&);
-#define FASTLM_TILES(N)                                                             \
-  {                                                                                 \
-      tile_product<T, T, 1, N, 1, kColumns>, tile_product<T, T, 2, N, 1, kColumns>, \
-      tile_product<T, T, 3, N, 1, kColumns>, tile_product<T, T, 4, N, 1, kColumns>, \
-      tile_product<T, T, 5, N, 1, kColumns>, tile_product<T, T, 6, N, 1, kColumns>}
-  static constexpr Tile kTiles[][kTileRows] = {
-      FASTLM_TILES(1),
-      FASTLM_TILES(2),
-#if FASTLM_VECTOR_BYTES == 64
-      FASTLM_TILES(3),
-      FASTLM_TILES(4),
-#endif
-  };
-#undef FASTLM_TILES
-  kTiles[vectors - 1][rows - 1](p);
-}
-template <bool kColumns, class T>
-void multiply(int64_t rows, int64_t depth, int64_t cols, const TileByPanels<T>& p, bool accumulate) {
-  for (int64_t k = 0; k < depth; k += kBlockDepth<T>, accumulate = true)
-    for (int64_t col = 0; col < cols; col += kCols<T>) {
-      const int64_t vectors = (std::min(kCols<T>, cols - col) + Vec<T>::kLanes - 1) / Vec<T>::kLanes;
-      const T* panel = p.b + col / kCols<T> * p.panel_step + k * p.b_stride;
-      run_narrow_tile<kColumns>(static_cast<int>(rows), vectors,
-                                TileParams<T>{p.a + k * (kColumns ? p.a_stride : 1), p.a_stride, panel, p.b_stride,
-                                              std::min(kBlockDepth<T>, depth - k), p.c + col, p.c_stride,
-                                              accumulate ? Init::kAccumulate : Init::kZero, nullptr, panel});
-    }
-}
 
 template <class T>
 T largest(Vec<T> x) {

@@ -1,0 +1,172 @@
+// What a product takes: numbers of the arithmetic type, or, where there are instructions for it, pairs of BFloat16
+// along the depth whose two products are added to a float at once.
+//
+// Operand<S> is the type that tensors of S meet in products. A lies in rows, contiguous along the depth, or in columns:
+// [depth][columns], pairs [depth / 2][columns][2]. B lies in panels of the form of A's columns. Pairs are filled up
+// with zeros where the depth is odd.
+#pragma once
+
+#include "cpu/kernels/gemm.inl"
+
+#ifndef FASTLM_BFLOAT16_PAIRS
+#define FASTLM_BFLOAT16_PAIRS 0
+#endif
+
+namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
+
+template <class S>
+using Operand = std::conditional_t<FASTLM_BFLOAT16_PAIRS && std::is_same_v<S, BFloat16>, BFloat16, Compute<S>>;
+template <class E>
+constexpr bool kPairs = std::is_same_v<E, BFloat16>;
+template <class E>
+constexpr int64_t kPairing = kPairs<E> ? 2 : 1;
+
+inline int64_t even_up(int64_t n) { return (n + 1) / 2 * 2; }
+
+template <class T>
+constexpr int64_t lanes_down(int64_t n) {
+  return n / Vec<T>::kLanes * Vec<T>::kLanes;
+}
+template <class T>
+constexpr int64_t lanes_up(int64_t n) {
+  return lanes_down<T>(n + Vec<T>::kLanes - 1);
+}
+
+// Rows are kept dense at a stride of an odd number of cache lines, so that a column of them uses all of the cache.
+template <class E>
+int64_t row_stride(int64_t width) {
+  const int64_t line = 64 / sizeof(E);
+  return ((width + line - 1) / line | 1) * line;
+}
+
+// Rows converted and filled up with zeros, to whole vectors or pairs.
+template <class S, class T>
+void copy_rows(const S* from, int64_t from_stride, int64_t rows, int64_t width, T* to, int64_t to_stride) {
+  using V = Vec<T>;
+  for (int64_t r = 0; r < rows; ++r, from += from_stride, to += to_stride)
+    for (int64_t i = 0; i < width; i += V::kLanes) load_as<V>(from + i, width - i).store(to + i);
+}
+inline void copy_rows(const BFloat16* from, int64_t from_stride, int64_t rows, int64_t width, BFloat16* to,
+                      int64_t to_stride) {
+  for (int64_t r = 0; r < rows; ++r, from += from_stride, to += to_stride) {
+    std::copy_n(from, width, to);
+    to[even_up(width) - 1] = width % 2 ? BFloat16{} : to[width - 1];
+  }
+}
+
+// Rows as a panel's, of `width` columns in one panel at that stride of elements or pairs.
+template <class S, class T>
+void pack_panel(const S* from, int64_t from_stride, int64_t rows, int64_t width, T* to, int64_t to_stride) {
+  copy_rows(from, from_stride, rows, width, to, to_stride);
+}
+inline void pack_panel(const BFloat16* from, int64_t from_stride, int64_t rows, int64_t width, BFloat16* to,
+                       int64_t to_stride) {
+  for (int64_t r = 0; r < rows; r += 2, from += 2 * from_stride, to += 2 * to_stride) {
+    const bool alone = r + 1 == rows;
+    for (int64_t i = 0; i < width; ++i) to[2 * i] = from[i], to[2 * i + 1] = alone ? BFloat16{} : from[from_stride + i];
+    std::fill(to + 2 * width, to + 2 * to_stride, BFloat16{});
+  }
+}
+
+// All panels [dim][kCols] (of pairs along dim) that hold some of the keys, which count from the first panel's first.
+template <class S, class E>
+void pack_keys(const S* first, int64_t stride, int64_t begin, int64_t end, int64_t dim, E* panels) {
+  constexpr int64_t cols = kCols<Compute<E>>;
+  for (int64_t n = begin / cols * cols; n < end; n += cols)
+    pack_transposed(first + n * stride, stride, dim, std::min(cols, end - n), panels + n * panel_depth<E>(dim));
+}
+
+template <bool kColumns, class T>
+void run_narrow_tile(int rows, int64_t vectors, const TileParams<T>& p) {
+  using Tile = void (*)(const TileParams<T>&);
+#define FASTLM_TILES(N)                                                             \
+  {                                                                                 \
+      tile_product<T, T, 1, N, 1, kColumns>, tile_product<T, T, 2, N, 1, kColumns>, \
+      tile_product<T, T, 3, N, 1, kColumns>, tile_product<T, T, 4, N, 1, kColumns>, \
+      tile_product<T, T, 5, N, 1, kColumns>, tile_product<T, T, 6, N, 1, kColumns>}
+  static constexpr Tile kTiles[][kTileRows] = {
+      FASTLM_TILES(1),
+      FASTLM_TILES(2),
+#if FASTLM_VECTOR_BYTES == 64
+      FASTLM_TILES(3),
+      FASTLM_TILES(4),
+#endif
+  };
+#undef FASTLM_TILES
+  kTiles[vectors - 1][rows - 1](p);
+}
+
+// C (rows <= kTileRows, columns rounded up to vectors) = [C +] A B, where panel i of B begins at b + i * panel_step.
+template <class E>
+struct PanelProduct {
+  const E* a;
+  int64_t a_stride;  // of rows, or of columns or pairs of them
+  const E* b;
+  int64_t b_stride, panel_step;  // of rows or pairs of them
+  Compute<E>* c;
+  int64_t c_stride;
+};
+
+#if FASTLM_BFLOAT16_PAIRS
+FASTLM_INLINE Vec<float> add_pairs(Vec<float> sum, FloatBits a, FloatBits b) {
+#ifdef FASTLM_BFLOAT16_INSTRUCTION
+  return {_mm512_dpbf16_ps(sum.raw, (__m512bh)a, (__m512bh)b)};
+#else
+  const auto low = [](FloatBits x) { return Vec<float>{(Vec<float>::Raw)(x << 16)}; };
+  const auto high = [](FloatBits x) { return Vec<float>{(Vec<float>::Raw)(x & 0xffff0000)}; };
+  return fma(high(a), high(b), fma(low(a), low(b), sum));
+#endif
+}
+
+// R rows by N vectors over `depth` of pairs.
+template <int R, int N, bool kColumns>
+__attribute__((noinline)) void pairs_tile(const PanelProduct<BFloat16>& p, int64_t pairs, bool accumulate) {
+  using V = Vec<float>;
+  V sums[R][N];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < N; ++v) sums[r][v] = accumulate ? V::load(p.c + r * p.c_stride + v * V::kLanes) : V::zero();
+  const BFloat16* panel = p.b;
+  for (int64_t k = 0; k < pairs; ++k, panel += p.b_stride) {
+    FloatBits b[N];
+    for (int v = 0; v < N; ++v) memcpy(&b[v], panel + 2 * v * V::kLanes, sizeof(b[v]));
+    for (int r = 0; r < R; ++r) {
+      uint32_t pair;
+      memcpy(&pair, kColumns ? p.a + k * p.a_stride + 2 * r : p.a + r * p.a_stride + 2 * k, sizeof(pair));
+      for (int v = 0; v < N; ++v) sums[r][v] = add_pairs(sums[r][v], FloatBits{} + pair, b[v]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < N; ++v) sums[r][v].store(p.c + r * p.c_stride + v * V::kLanes);
+}
+
+template <bool kColumns>
+void multiply(int64_t rows, int64_t depth, int64_t cols, const PanelProduct<BFloat16>& p, bool accumulate) {
+  using Tile = void (*)(const PanelProduct<BFloat16>&, int64_t, bool);
+#define FASTLM_TILES(N)                                                                \
+  {pairs_tile<1, N, kColumns>, pairs_tile<2, N, kColumns>, pairs_tile<3, N, kColumns>, \
+   pairs_tile<4, N, kColumns>, pairs_tile<5, N, kColumns>, pairs_tile<6, N, kColumns>}
+  static constexpr Tile kTiles[][kTileRows] = {FASTLM_TILES(1), FASTLM_TILES(2), FASTLM_TILES(3), FASTLM_TILES(4)};
+#undef FASTLM_TILES
+  for (int64_t col = 0; col < cols; col += kCols<float>) {
+    const int64_t vectors = (std::min(kCols<float>, cols - col) + Vec<float>::kLanes - 1) / Vec<float>::kLanes;
+    PanelProduct<BFloat16> tile = p;
+    tile.b += col / kCols<float> * p.panel_step, tile.c += col;
+    kTiles[vectors - 1][rows - 1](tile, (depth + 1) / 2, accumulate);
+  }
+}
+#endif
+
+template <bool kColumns, class T>
+void multiply(int64_t rows, int64_t depth, int64_t cols, const PanelProduct<T>& p, bool accumulate) {
+  for (int64_t k = 0; k < depth; k += kBlockDepth<T>, accumulate = true)
+    for (int64_t col = 0; col < cols; col += kCols<T>) {
+      const int64_t vectors = (std::min(kCols<T>, cols - col) + Vec<T>::kLanes - 1) / Vec<T>::kLanes;
+      const T* panel = p.b + col / kCols<T> * p.panel_step + k * p.b_stride;
+      run_narrow_tile<kColumns>(static_cast<int>(rows), vectors,
+                                TileParams<T>{p.a + k * (kColumns ? p.a_stride : 1), p.a_stride, panel, p.b_stride,
+                                              std::min(kBlockDepth<T>, depth - k), p.c + col, p.c_stride,
+                                              accumulate ? Init::kAccumulate : Init::kZero, nullptr, panel});
+    }
+}
+
+}  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE
