@@ -1,4 +1,4 @@
-"""Fused GRU and LSTM kernels for PyTorch on the CPU, as drop-in torch.nn modules."""
+"""Fused GRU, LSTM and attention kernels for PyTorch on the CPU, as drop-in torch.nn modules."""
 
 from fastlm import nn, ops
 from fastlm._backend import FastlmFallbackWarning, backend
