@@ -6,6 +6,7 @@ No test compares floating-point results in any other way, save where it asks for
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,7 +154,7 @@ def with_sequences(case: Recurrent, form: str, *, seed: int = 0) -> Recurrent:
 
 
 Outputs = dict[str, Tensor]
-Runner = Callable[[Recurrent], Outputs]
+Runner = Callable[[Any], Outputs]
 
 
 def run_fastlm(case: Recurrent) -> Outputs:
@@ -302,19 +303,35 @@ def check_recurrent(
     arriving: Iterable[str] | Callable[[Outputs], Outputs] = incoming,
 ) -> None:
     """Checks the public op, forward and gradients, on every ISA, against torch in the same dtype and in float64."""
+    check_case(case, run_fastlm, run_torch, wanted=wanted, arriving=arriving)
+
+
+def check_case(
+    case: Any,
+    ours: Runner,
+    theirs: Runner,
+    *,
+    wanted: Iterable[str] | None = None,
+    arriving: Iterable[str] | Callable[[Outputs], Outputs] = incoming,
+    scale: float = 0.0,
+) -> None:
+    """Checks one runner on every ISA, forward and gradients, against another in the same dtype and in float64.
+
+    A case has `tensors`, `map` and `to` as Recurrent has.
+    """
 
     def results(run: Runner, dtype: torch.dtype) -> Outputs:
         return forward_backward(run, case.to(dtype), wanted=wanted, arriving=arriving)
 
-    dtype = case.x.dtype
-    truth = results(run_torch, torch.float64)
+    dtype = next(iter(case.tensors().values())).dtype
+    truth = results(theirs, torch.float64)
     if dtype == torch.float64:
-        same = scaled_to_float64(results(run_torch, torch.float32), truth)
+        same = scaled_to_float64(results(theirs, torch.float32), truth)
     else:
-        same = results(run_torch, dtype)
+        same = results(theirs, dtype)
     for isa in each_isa():
         try:
-            check_all(results(run_fastlm, dtype), same, truth)
+            check_all(results(ours, dtype), same, truth, scale)
         except AssertionError as error:
             raise AssertionError(f"{isa}: {error}") from error
 

@@ -316,7 +316,10 @@ def composed_grads(
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the needed inputs through a recorded reference call, differentiable where grad mode is on."""
-    used = [(out, grad) for out, grad in zip(outputs, grad_outputs, strict=True) if grad is not None]
+    pairs = zip(outputs, grad_outputs, strict=True)
+    used = [(out, grad) for out, grad in pairs if grad is not None and out.requires_grad]
+    if not used:  # what arrives does not depend on what is needed
+        return (None,) * len(inputs)
     wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need and tensor is not None]
     grads = iter(
         torch.autograd.grad(

@@ -68,7 +68,8 @@ def scaled_dot_product_attention(
         ValueError: shapes, dtypes or devices disagree, or a number is out of range.
         TypeError: an argument is no Tensor.
     """
-    if attn_mask is None and not dropout_p and _common.is_plain(query, key, value) and query.dim() == 4:
+    plain = attn_mask is None and not dropout_p and key is not None and value is not None
+    if plain and _common.is_plain(query, key, value) and query.dim() == 4:
         try:
             return _plain(query, key, value, is_causal, scale, enable_gqa)
         except (RuntimeError, ValueError):
@@ -103,7 +104,8 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None
 def _four_dims(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Sequence[int]]:
     """The three as (B, H, T, D), and the leading dimensions of the result."""
     leading = [tensor.shape[:-2] for tensor in (query, key, value)]
-    if all(len(shape) == 2 for shape in leading) and leading[0][0] == leading[1][0] and leading[1] == leading[2]:
+    same = all(len(shape) == 2 for shape in leading) and leading[0][0] == leading[1][0] and leading[1] == leading[2]
+    if same and (leading[0][1] != 1 or leading[1][1] == 1):  # a single head of query broadcasts
         return query, key, value, leading[0]
     heads = [shape[-1] if shape else 1 for shape in leading]
     try:
@@ -116,9 +118,7 @@ def _four_dims(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
     kv_heads = max(heads[1:]) if 0 not in heads[1:] else 0
     q_heads = heads[0] if heads[0] != 1 else kv_heads
     made = [
-        tensor.expand(*batch, count, *tensor.shape[-2:]).reshape(-1 if batch else 1, count, *tensor.shape[-2:])
-        if tensor.numel() or not batch
-        else tensor.new_empty(math.prod(batch), count, *tensor.shape[-2:])
+        tensor.expand(*batch, count, *tensor.shape[-2:]).reshape(math.prod(batch), count, *tensor.shape[-2:])
         for tensor, count in zip((query, key, value), (q_heads, kv_heads, kv_heads), strict=True)
     ]
     ranked = batch if all(len(shape) == 0 for shape in leading) else (*batch, q_heads)
@@ -290,15 +290,16 @@ def attention_with_weights(
 ) -> tuple[Tensor, Tensor | None]:
     """`attention` with mask, causal, scale and dropout_p, and where asked for its weights (B, Hq, Tq, Tk).
 
-    Weights are those that met the values, dropped ones 0; they are made anew from lse, apart from the kernel.
+    Weights are those that met the values, dropped ones 0; they are made anew, apart from the kernel.
     """
     if not need_weights:
         return attention(q, k, v, dropout_p=dropout_p, **arguments), None  # type: ignore[return-value]
     seed = _draw_seed() if dropout_p > 0 else None
-    output, lse = attention(q, k, v, dropout_p=dropout_p, return_lse=True, _seed=seed, **arguments)
+    output = attention(q, k, v, dropout_p=dropout_p, _seed=seed, **arguments)
+    assert isinstance(output, Tensor)
     mask, scale = arguments["mask"], arguments["scale"]
     q_len, k_len = q.shape[2], k.shape[2]
-    scores = (q @ k.mT * scale).to(lse.dtype)
+    scores = (q @ k.mT * scale).to(_common.compute_dtype(output.dtype))
     if mask is not None and mask.dtype != torch.bool:
         scores = scores + mask
     if mask is not None and mask.dtype == torch.bool:
@@ -306,9 +307,11 @@ def attention_with_weights(
     if arguments["causal"] is not None:
         seen = torch.ones(q_len, k_len, dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~seen, -torch.inf)
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+    blind = (scores == -torch.inf).all(-1, keepdim=True)  # a softmax of nothing would be NaN, its gradient too
+    weights = torch.softmax(scores.masked_fill(blind, 0), -1).masked_fill(blind, 0)
     if seed is not None:
-        weights = weights * reference.dropout_factors(seed, dropout_p, lse.shape, k_len).to(weights.dtype)
+        factors = reference.dropout_factors(seed, dropout_p, q.shape[:3], k_len)
+        weights = weights * factors.to(q.device, weights.dtype)
     return output, weights.to(output.dtype)
 
 
@@ -419,6 +422,8 @@ def _attend(
         with_sink = torch.logaddexp(lse, sink.expand_as(lse))
         share = torch.exp(lse - with_sink)
         output = output * (share.mT if packed else share).unsqueeze(-1).to(output.dtype)
+        if options.q_starts is not None:  # rows past the last sequence stay 0 and give the sinks no gradient
+            with_sink = with_sink.masked_fill(torch.arange(q.shape[0], device=q.device) >= options.q_starts[-1], 0)
         lse = with_sink
     return (output, lse) if return_lse else output
 

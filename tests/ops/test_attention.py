@@ -453,19 +453,13 @@ def all_low(low: float) -> Attention:
     return replace(case, mask=torch.zeros(70, 70).index_fill(0, torch.tensor([0, 69]), low))
 
 
-def lows_but(reason: str, *broken: str) -> pytest.MarkDecorator:
-    """All of LOW, of which those named fail, for now."""
-    marks = {name: pytest.mark.xfail(strict=True, reason=reason) if name in broken else () for name in LOW}
-    return pytest.mark.parametrize("low", [pytest.param(low, marks=marks[name], id=name) for name, low in LOW.items()])
-
-
-@lows_but("C++: the score times log2(e) overflows, so that the row counts as one that sees nothing", "finfo.min")
+@lows
 def test_rows_of_large_numbers_alone(low: float) -> None:
     """Such a row averages what it sees, as in torch."""
     check_attention(all_low(low), wanted=())
 
 
-@lows_but("C++: backward's exponent is the rounding error of lse * log2(e), up to 2^64", "-1e9", "finfo.min")
+@lows
 def test_gradients_of_rows_of_large_numbers_alone(low: float) -> None:
     check_case(all_low(low), output_only(run_fastlm), run_torch_flash, wanted=("q", "k", "v"))
 
@@ -486,9 +480,7 @@ def test_mask_of_infinities() -> None:
         mask = torch.where(torch.rand(q_len, 70) < 0.5, -torch.inf, 0.0)
         mask[:, :65] = -torch.inf  # a whole block, and whole rows
         check_attention(replace(case, mask=mask))
-        keep = replace(case, mask=mask == 0)
-        expected = forward_backward(run_fastlm, replace(case, mask=mask), wanted=("q", "k", "v"))
-        assert all(map(torch.equal, run_fastlm(keep).values(), (expected["output"], expected["lse"])))
+        check_attention(replace(case, mask=mask == 0))
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
@@ -497,7 +489,6 @@ def test_huge_and_tiny_gradients(size: float) -> None:
     check_attention(case, arriving=lambda out: {"output": torch.full_like(out["output"], size)}, scale=size)
 
 
-NO_DEPTH = pytest.mark.xfail(strict=True, reason="C++: a product of depth 0 leaves its result unwritten (multiply())")
 EMPTY = {
     "batch": {"batch": 0},
     "heads": {"q_heads": 0},
@@ -511,8 +502,8 @@ EMPTY = {
     "options",
     [
         *(pytest.param(options, id=name) for name, options in EMPTY.items()),
-        pytest.param({"dim": 0, "v_dim": 3}, marks=NO_DEPTH, id="no width"),
-        pytest.param({"v_dim": 0}, marks=NO_DEPTH, id="no value"),
+        pytest.param({"dim": 0, "v_dim": 3}, id="no width"),
+        pytest.param({"v_dim": 0}, id="no value"),
     ],
 )
 def test_empty(options: dict) -> None:

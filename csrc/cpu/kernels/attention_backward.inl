@@ -292,21 +292,19 @@ class AttentionBackward {
       return {0, 0};
     }
     if (!rule.plain()) rule.transform(query, first, own, weights, buffers_.capped);
-    const V scale = V::broadcast(rule.scale()), shift = V::broadcast(-lse * kLog2e<T>),
-            delta = V::broadcast(buffers_.delta[query]);
-    const bool drops = dropout_.active();
+    const T scale = rule.scale(), delta = buffers_.delta[query];
+    const bool plain = rule.plain(), drops = dropout_.active();
     if (drops) dropout_.factors(static_cast<uint64_t>(lse_place(head_, query)), first, from, to, buffers_.factors);
     for_vectors<T>(from, to, [&](auto kind, int64_t i) FASTLM_LAMBDA_INLINE {
       using W = decltype(kind);
-      const W weight =
-          exp2_nonpositive(fma(W::load(weights + i), W::broadcast(scale.raw[0]), W::broadcast(shift.raw[0])));
+      const W weight = exponential<W>(weights + i, scale, lse, plain);
       W grad = W::load(grads + i), kept = weight;
       if (drops) {
         const W factor = W::load(buffers_.factors + i);
         grad = grad * factor, kept = weight * factor;
       }
       kept.store(weights + i);
-      (weight * (grad - W::broadcast(delta.raw[0]))).store(grads + i);
+      (weight * (grad - W::broadcast(delta))).store(grads + i);
     });
     for (T* row : {weights, grads}) {
       std::fill(row + from, row + own.begin, T(0));

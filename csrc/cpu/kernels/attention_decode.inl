@@ -132,7 +132,7 @@ class AttentionDecode {
     const int64_t end = lanes_up<T>(keys.end - keys.begin);
     T* s = scores_ + r * s_stride_;
     if (!rule.plain() && !here.empty()) rule.transform(query(r), keys.begin, here, s, nullptr);
-    const T factor = softmax_[r].add(s, 0, end, here, rule.scale());
+    const T factor = softmax_[r].add(s, 0, end, here, rule.scale(), rule.plain());
     T* sums = sums_ + r * v_stride_;
     for (int64_t d = 0; factor != T(1) && d < p_.v_dim; d += V::kLanes)
       (V::load(sums + d) * V::broadcast(factor)).store(sums + d);
@@ -172,7 +172,7 @@ class AttentionDecode {
       const Softmax<T>& other = softmax(i);
       if (other.sum == 0) continue;
       const T max = !(other.max <= whole.max) ? other.max : whole.max;
-      const T mine = whole.sum == 0 ? T(0) : std::exp2(whole.max - max), theirs = std::exp2(other.max - max);
+      const T mine = whole.sum == 0 ? T(0) : std::exp(whole.max - max), theirs = std::exp(other.max - max);
       whole = {max, whole.sum * mine + other.sum * theirs};
       for (int64_t d = 0; d < p_.v_dim; d += V::kLanes)
         fma(V::load(into + d), V::broadcast(mine), V::load(sums(i) + d) * V::broadcast(theirs)).store(into + d);

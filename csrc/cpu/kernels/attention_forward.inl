@@ -129,7 +129,7 @@ class AttentionForward {
       const Keys own = rule.seen(query).clipped(first + keys.begin, first + keys.end);
       const Keys here{own.begin - first, own.end - first};
       if (!rule.plain() && !here.empty()) rule.transform(query, first, here, row, nullptr);
-      const T factor = buffers_.softmax[place + r].add(row, begin, end, here, rule.scale());
+      const T factor = buffers_.softmax[place + r].add(row, begin, end, here, rule.scale(), rule.plain());
       if (factor != T(1)) scale_row(sums + r * v_stride_, factor);
       if (dropout_.active()) drop(query, g, first, begin, end, row);
       if constexpr (kPairs<E>)

@@ -46,8 +46,6 @@ FASTLM_INLINE void for_vectors(int64_t begin, int64_t end, const Body& body) {
 // Weights are powers of 2, a cheaper exponential.
 template <class T>
 constexpr T kLog2e = T(1.44269504088896340736);
-template <class T>
-constexpr T kLn2 = T(0.693147180559945309417);
 
 // Dropout: a murmur3-style finaliser (A. Appleby) over the key's index under two words per row, which come from the
 // seed and the row's place by splitmix64 (Steele et al. 2014). Kept where the hash reaches the threshold.
@@ -100,8 +98,8 @@ class HeadScores {
 
   // Whether the products times a factor are the scores; else transform() makes them.
   bool plain() const { return plain_; }
-  // From products, or from what transform() made of them, to exponents of 2.
-  T scale() const { return (plain_ ? p_.scale : T(1)) * kLog2e<T>; }
+  // From products, or from what transform() made of them, to scores.
+  T scale() const { return plain_ ? p_.scale : T(1); }
 
   Keys seen(int64_t query) const {
     const int64_t position = query + sequence_.offset, n = sequence_.k_len;
@@ -189,49 +187,63 @@ class HeadScores {
   bool plain_;
 };
 
-// The online softmax of one query (Milakov and Gimelshein 2018): the largest exponent of 2 and the sum of powers so
-// far.
+// 2^((scale s - shift) log2 e), where scale s <= shift, of V at s. Scores that were made (not plain) may be as large as
+// a mask's numbers; their distance is taken first, for it may be small.
+template <class V, class T>
+FASTLM_INLINE V exponential(const T* s, T scale, T shift, bool plain) {
+  if (plain)
+    return exp2_nonpositive(fma(V::load(s), V::broadcast(scale * kLog2e<T>), V::broadcast(-shift * kLog2e<T>)));
+  const V distance = at_most(V::broadcast(0), V::load(s) - V::broadcast(shift));
+  return exp2_nonpositive(distance * V::broadcast(kLog2e<T>));
+}
+
+// The online softmax of one query (Milakov and Gimelshein 2018): the largest score and the sum of exponentials so far.
 template <class T>
 struct Softmax {
   T max, sum;
 
   static Softmax start() { return {-std::numeric_limits<T>::infinity(), T(0)}; }
 
-  // s[i] becomes 2^(scale * s[i] - max) for i in `own`, and 0 in the rest of [begin, end), whole vectors that hold
+  // s[i] becomes exp(scale * s[i] - max) for i in `own`, and 0 in the rest of [begin, end), whole vectors that hold
   // `own`. Returns the factor that what was summed up before is to be multiplied with.
-  T add(T* s, int64_t begin, int64_t end, Keys own, T scale) {
+  T add(T* s, int64_t begin, int64_t end, Keys own, T scale, bool plain) {
+    using V = Vec<T>;
     constexpr T kOut = -std::numeric_limits<T>::infinity();
     own = {std::max(own.begin, begin), std::max(own.end, begin)};
     std::fill(s + begin, s + std::min(own.begin, end), kOut);
     std::fill(s + std::min(std::max(own.end, own.begin), end), s + end, kOut);
-    using V = Vec<T>;
-    V top[4];
-    for (auto& t : top) t = V::broadcast(kOut);
-    int64_t i = begin;
-    for (; i + 4 * V::kLanes <= end; i += 4 * V::kLanes)
-      for (int j = 0; j < 4; ++j) top[j] = at_least(top[j], V::load(s + i + j * V::kLanes));
-    for (; i < end; i += V::kLanes) top[0] = at_least(top[0], V::load(s + i));
-    const T here = largest(at_least(at_least(top[0], top[1]), at_least(top[2], top[3]))) * scale;
-    const T before = max;
-    if (!(here <= max)) max = here;
+    const T here = top(s, begin, end) * scale, before = max;
+    if (!(here <= max)) max = here;  // NaN too
     const T shift = max == kOut ? T(0) : max;
     V sums[2] = {V::zero(), V::zero()};
     for_vectors<T>(begin, end, [&](auto kind, int64_t at) FASTLM_LAMBDA_INLINE {
       using W = decltype(kind);
-      const W e = exp2_nonpositive(fma(W::load(s + at), W::broadcast(scale), W::broadcast(-shift)));
+      const W e = exponential<W>(s + at, scale, shift, plain);
       e.store(s + at);
       if constexpr (W::kParts > 1)
         for (int j = 0; j < W::kParts; ++j) sums[j % 2] = sums[j % 2] + e.parts[j];
       else
         sums[0] = sums[0] + e;
     });
-    const T factor = before == max || before == kOut ? T(1) : std::exp2(before - max);  // nothing was there before kOut
+    const T factor = before == max || before == kOut ? T(1) : std::exp(before - max);  // nothing was there before kOut
     sum = sum * factor + total(sums[0] + sums[1]);
     return factor;
   }
 
   // Natural logarithm of the sum of exponentials of scores.
-  T lse() const { return sum == 0 ? -std::numeric_limits<T>::infinity() : (max + std::log2(sum)) * kLn2<T>; }
+  T lse() const { return sum == 0 ? -std::numeric_limits<T>::infinity() : max + std::log(sum); }
+
+ private:
+  static T top(const T* s, int64_t begin, int64_t end) {
+    using V = Vec<T>;
+    V tops[4];
+    for (auto& t : tops) t = V::broadcast(-std::numeric_limits<T>::infinity());
+    int64_t i = begin;
+    for (; i + 4 * V::kLanes <= end; i += 4 * V::kLanes)
+      for (int j = 0; j < 4; ++j) tops[j] = at_least(tops[j], V::load(s + i + j * V::kLanes));
+    for (; i < end; i += V::kLanes) tops[0] = at_least(tops[0], V::load(s + i));
+    return largest(at_least(at_least(tops[0], tops[1]), at_least(tops[2], tops[3])));
+  }
 };
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

@@ -158,7 +158,7 @@ void multiply(int64_t rows, int64_t depth, int64_t cols, const PanelProduct<BFlo
 
 template <bool kColumns, class T>
 void multiply(int64_t rows, int64_t depth, int64_t cols, const PanelProduct<T>& p, bool accumulate) {
-  for (int64_t k = 0; k < depth; k += kBlockDepth<T>, accumulate = true)
+  for (int64_t k = 0; k < depth || k == 0; k += kBlockDepth<T>, accumulate = true)  // of no depth: zeros
     for (int64_t col = 0; col < cols; col += kCols<T>) {
       const int64_t vectors = (std::min(kCols<T>, cols - col) + Vec<T>::kLanes - 1) / Vec<T>::kLanes;
       const T* panel = p.b + col / kCols<T> * p.panel_step + k * p.b_stride;
