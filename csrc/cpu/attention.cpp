@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kDecodeRows = 12;        // query heads times queries up to which keys are not packed
 constexpr int64_t kDecodeKeys = 512;       // per item
-constexpr int64_t kForwardValues = 32768;  // of queries in one item: they, their sums and a chunk of keys share L2
+constexpr int64_t kForwardValues = 16384;  // of queries in one item: they, their sums and a chunk of keys share L2
 constexpr int64_t kItemsWanted = 16;       // so many items keep a few threads busy to the end
 constexpr int64_t kPartsWanted = 8;        // the same for backward, where parts of one head cost memory
 constexpr int64_t kRowsAtLeast = 96;       // per item, so that packing keys does not show

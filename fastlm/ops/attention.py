@@ -68,8 +68,7 @@ def scaled_dot_product_attention(
         ValueError: shapes, dtypes or devices disagree, or a number is out of range.
         TypeError: an argument is no Tensor.
     """
-    plain = attn_mask is None and not dropout_p and key is not None and value is not None
-    if plain and _common.is_plain(query, key, value) and query.dim() == 4:
+    if attn_mask is None and not dropout_p and _is_plain(query, key, value):
         try:
             return _plain(query, key, value, is_causal, scale, enable_gqa)
         except (RuntimeError, ValueError):
@@ -90,13 +89,11 @@ def scaled_dot_product_attention(
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool) -> Tensor:
     """The common case, with no checks but the op's: a call for a single token would feel them."""
-    width = q.shape[3]
-    if scale is None:
-        scale = 1 / math.sqrt(width) if width else 1.0
     if not enable_gqa and q.shape[1] != k.shape[1]:
         raise ValueError
     right = 0 if is_causal else _UNLIMITED
     run = _recorded if _common.requires_grad(q, k, v) else _forward_plain
+    scale = _default_scale(q) if scale is None else scale
     options = (None, None, None, None, None, None, None, scale, 0.0, 0.0, False, _UNLIMITED, right)
     return run(q, k, v, *options)[0]
 
@@ -200,23 +197,47 @@ def attention(
     that of torch's attention, plus rounding. Results do not depend on the number of threads.
     Flash attention: Dao et al. 2022 (arXiv:2205.14135).
     """
+    plain = _is_plain(q, k, v)  # the op then checks these itself: a call for a single token would feel it
+    if not plain:
+        _check_dense(q, k, v)
+    batch, q_heads, q_len, _ = q.shape
+    keep = bias = None
+    if mask is not None or _bias is not None:
+        full = (batch, q_heads, q_len, k.shape[2])
+        keep, bias = _check_mask(mask, q, full)
+        if _bias is not None:  # a float mask besides a bool one: the kernels read both in place
+            bias = _check_mask(_bias, q, full)[1]
+    if kv_lengths is not None:
+        kv_lengths = _common.integers("kv_lengths", kv_lengths)
+        _common.check_shape("kv_lengths", kv_lengths, (batch,), "(B,)")
+    slopes = None if alibi_slopes is None else _check_slopes(alibi_slopes, q, batch, q_heads)
+    numbers = _numbers(q, causal, window, scale, softcap, dropout_p)
+    if dropout_p and _seed is None:
+        _seed = _draw_seed()
+    options = _Options(keep, bias, slopes, kv_lengths, None, None, _seed, *numbers)
+    sinks = None if sinks is None else _check_sinks(sinks, q, q_heads)
+    try:
+        return _attend(q, k, v, options, sinks, return_lse, plain)
+    except (RuntimeError, ValueError):
+        if plain:
+            _check_dense(q, k, v)  # says it by the argument's name
+        raise
+
+
+def _is_plain(q: Any, k: Any, v: Any) -> bool:
+    """True where nothing but the kernel can be meant, on tensors of 4 dimensions."""
+    if k is None or v is None or not _common.is_plain(q, k, v):
+        return False
+    return q.dim() == 4 and k.dim() == 4 and v.dim() == 4
+
+
+def _check_dense(q: Any, k: Any, v: Any) -> None:
     _check_rank("q, k, v", (q, k, v), 4, "(B, H, T, D)")
     _check_heads(q, k, v, head_dim=1)
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"k: expected batch {q.shape[0]} (that of q), got {k.shape[0]}")
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"v: expected shape (B, Hkv, Tk, Dv) = {(*k.shape[:3], 'Dv')}, got {tuple(v.shape)}")
-    batch, q_heads, q_len, _ = q.shape
-    keep, bias = _check_mask(mask, q, (batch, q_heads, q_len, k.shape[2]))
-    if _bias is not None:  # a float mask besides a bool one: the kernels read both in place
-        bias = _check_mask(_bias, q, (batch, q_heads, q_len, k.shape[2]))[1]
-    if kv_lengths is not None:
-        kv_lengths = _common.integers("kv_lengths", kv_lengths)
-        _common.check_shape("kv_lengths", kv_lengths, (batch,), "(B,)")
-    options = _options(q, causal, window, scale, softcap, dropout_p, _seed)._replace(
-        keep=keep, bias=bias, slopes=_check_slopes(alibi_slopes, q, batch, q_heads), kv_lengths=kv_lengths
-    )
-    return _attend(q, k, v, options, _check_sinks(sinks, q, q_heads), return_lse)
 
 
 def attention_varlen(
@@ -279,10 +300,11 @@ def attention_varlen(
         if longest is not None and (not isinstance(longest, int | torch.SymInt) or longest < 0):
             raise ValueError(f"{name}: expected an int of at least 0, got {longest!r}")
     slopes = _check_slopes(alibi_slopes, q, q_starts.shape[0] - 1, q.shape[1])
-    options = _options(q, causal, window, scale, softcap, dropout_p)._replace(
-        slopes=slopes, q_starts=q_starts, k_starts=k_starts
-    )
-    return _attend(q, k, v, options, _check_sinks(sinks, q, q.shape[1]), return_lse)
+    numbers = _numbers(q, causal, window, scale, softcap, dropout_p)
+    seed = _draw_seed() if dropout_p else None
+    options = _Options(None, None, slopes, None, q_starts, k_starts, seed, *numbers)
+    plain = _common.is_plain(q, k, v)
+    return _attend(q, k, v, options, _check_sinks(sinks, q, q.shape[1]), return_lse, plain)
 
 
 def attention_with_weights(
@@ -384,37 +406,43 @@ def _check_sinks(sinks: Any, q: Tensor, heads: int) -> Tensor | None:
     return sinks
 
 
-def _options(
-    q: Tensor, causal: Any, window: Any, scale: Any, softcap: Any, dropout_p: Any, seed: Tensor | None = None
-) -> _Options:
+def _numbers(
+    q: Tensor, causal: Any, window: Any, scale: Any, softcap: Any, dropout_p: Any
+) -> tuple[float, float, float, bool, int, int]:
+    """The op's numbers, from scale on."""
     if causal not in _CAUSAL:
         raise ValueError(f"causal: expected None, 'upper_left' or 'lower_right', got {causal!r}")
     if not (isinstance(window, tuple | list) and len(window) == 2 and all(isinstance(n, int) for n in window)):
         raise TypeError(f"window: expected two whole numbers (left, right), got {window!r}")
-    if min(window) < _UNLIMITED:
+    left, right = window
+    if left < _UNLIMITED or right < _UNLIMITED:
         raise ValueError(f"window: expected numbers of at least 0, or -1 for unlimited, got {tuple(window)}")
     if not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p: expected a number from 0 to 1, got {dropout_p!r}")
     if softcap is not None and not softcap >= 0:
         raise ValueError(f"softcap: expected a number above 0, or None, got {softcap!r}")
-    left, right = window
     if causal is not None:
         right = 0 if right == _UNLIMITED else min(right, 0)
-    return _Options(
-        seed=_draw_seed() if dropout_p > 0 and seed is None else seed,
-        scale=1 / math.sqrt(q.shape[-1]) if scale is None and q.shape[-1] else float(1 if scale is None else scale),
-        softcap=float(softcap or 0),
-        dropout=float(dropout_p),
-        lower_right=causal == "lower_right",
-        left=left,
-        right=right,
+    return (
+        _default_scale(q) if scale is None else float(scale),
+        float(softcap or 0),
+        float(dropout_p),
+        causal == "lower_right",
+        left,
+        right,
     )
 
 
+def _default_scale(q: Tensor) -> float:
+    width = q.shape[-1]
+    return 1 / math.sqrt(width) if width else 1.0
+
+
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, options: _Options, sinks: Tensor | None, return_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, options: _Options, sinks: Tensor | None, return_lse: bool, plain: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
-    output, lse = _run(q, k, v, options)
+    """plain: q, k and v are (the bias has q's dtype and device, so that it is as well)."""
+    output, lse = _run(q, k, v, options, plain)
     if sinks is not None:
         # The sink joins the sum of exponentials: a factor for all weights of a row.
         packed = options.q_starts is not None
@@ -428,9 +456,9 @@ def _attend(
     return (output, lse) if return_lse else output
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+def _run(q: Tensor, k: Tensor, v: Tensor, options: _Options, plain: bool) -> tuple[Tensor, Tensor]:
     bias = options.bias
-    if _common.is_plain(q, k, v, bias):
+    if plain and (bias is None or _common.is_plain(q, bias)):
         record = _common.requires_grad(q, k, v, bias)
         return (_recorded if record else _forward_plain)(q, k, v, *options)  # type: ignore[return-value]
     (q, k, v, bias), kernel = _common.plan("attention", (q, k, v, bias))
