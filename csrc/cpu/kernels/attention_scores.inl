@@ -118,6 +118,16 @@ class HeadScores {
   // them as softcap left them.
   void transform(int64_t query, int64_t first, Keys keys, T* s, T* capped) const {
     const auto scale = p_.scale, cap = p_.softcap;
+    const S* bias = bias_ ? bias_ + query * p_.bias.query + first * p_.bias.key : nullptr;
+    const bool* keep = keep_ ? keep_ + query * p_.keep.query + first * p_.keep.key : nullptr;
+    if (bias && p_.bias.key == 1 && cap == 0 && !p_.slopes.data) {  // as most models have it: one pass
+      for (int64_t i = keys.begin; i < keys.end; i += V::kLanes) {
+        const int64_t n = std::min<int64_t>(V::kLanes, keys.end - i);
+        fma(V::load_partial(s + i, n), V::broadcast(scale), load_as<V>(bias + i, n)).store_partial(s + i, n);
+      }
+      if (keep) mask(keep, keys, s);
+      return;
+    }
     const int64_t begin = lanes_down<T>(keys.begin), end = lanes_up<T>(keys.end);
     for (int64_t i = begin; i < end; i += V::kLanes) {
       V x = V::load(s + i) * V::broadcast(scale);
@@ -128,22 +138,13 @@ class HeadScores {
       x.store(s + i);
     }
     if (p_.slopes.data) add_alibi(first - query - sequence_.offset, begin, end, s);
-    if (bias_) add_bias(bias_ + query * p_.bias.query + first * p_.bias.key, keys, s);
-    if (keep_) mask(keep_ + query * p_.keep.query + first * p_.keep.key, keys, s);
+    for (int64_t i = keys.begin; bias && i < keys.end; ++i) s[i] += widen(bias[i * p_.bias.key]);
+    if (keep) mask(keep, keys, s);
   }
 
  private:
   void add_alibi(int64_t distance, int64_t begin, int64_t end, T* s) const {
     for (int64_t i = begin; i < end; ++i) s[i] -= slope_ * static_cast<T>(std::abs(distance + i));
-  }
-  void add_bias(const S* bias, Keys keys, T* s) const {
-    if (p_.bias.key == 1)
-      for (int64_t i = keys.begin; i < keys.end; i += V::kLanes) {
-        const int64_t n = std::min<int64_t>(V::kLanes, keys.end - i);
-        (V::load_partial(s + i, n) + load_as<V>(bias + i, n)).store_partial(s + i, n);
-      }
-    else
-      for (int64_t i = keys.begin; i < keys.end; ++i) s[i] += widen(bias[i * p_.bias.key]);
   }
   void mask(const bool* keep, Keys keys, T* s) const {
     constexpr T kOut = -std::numeric_limits<T>::infinity();
@@ -154,29 +155,28 @@ class HeadScores {
   }
   // The keys without those at either end that the mask hides from all of these queries.
   Keys kept(int64_t begin, int64_t end, Keys keys) const {
-    const int64_t rows = p_.keep.query ? end - begin : 1;
+    const int64_t rows = p_.keep.query ? end - begin : 1, step = p_.keep.key;
     Keys found{keys.end, keys.begin};
     for (int64_t r = 0; r < rows; ++r) {
       const bool* keep = keep_ + (begin + r) * p_.keep.query;
-      const int64_t step = p_.keep.key;
-      int64_t i = keys.begin;
-      if (step == 1)
-        for (uint64_t eight; i + 8 <= found.begin; i += 8) {
-          memcpy(&eight, keep + i, 8);
-          if (eight) break;
-        }
+      int64_t i = keys.begin, j = keys.end;
+      // Short pieces of rows far apart: no prefetcher follows.
+      for (int64_t n = i; step == 1 && n < j; n += 64) __builtin_prefetch(keep + kRowsAhead * p_.keep.query + n);
+      while (step == 1 && i + kAtOnce <= found.begin && !any(keep + i)) i += kAtOnce;
       while (i < found.begin && !keep[i * step]) ++i;
       found.begin = std::min(found.begin, i);
-      int64_t j = keys.end;
-      if (step == 1)
-        for (uint64_t eight; j - 8 >= found.end && j - 8 > i; j -= 8) {
-          memcpy(&eight, keep + j - 8, 8);
-          if (eight) break;
-        }
-      while (j > found.end && j > i && !keep[(j - 1) * step]) --j;
+      while (step == 1 && j - kAtOnce >= std::max(found.end, i) && !any(keep + j - kAtOnce)) j -= kAtOnce;
+      while (j > std::max(found.end, i) && !keep[(j - 1) * step]) --j;
       if (j > i) found.end = std::max(found.end, j);
     }
     return found;
+  }
+  static constexpr int64_t kAtOnce = 64;
+  static bool any(const bool* keep) {
+    uint64_t words[kAtOnce / 8], all = 0;
+    memcpy(words, keep, kAtOnce);
+    for (const uint64_t word : words) all |= word;
+    return all != 0;
   }
 
   const AttentionParams<S>& p_;
