@@ -106,17 +106,17 @@ class AttentionDecode {
     const int64_t n = keys.end - keys.begin, row = sequence_.k_begin + keys.begin;
     const S* k = p_.k.data + item_.b * p_.k.batch + item_.kv_head * p_.k.head + row * p_.k.time;
     const S* v = p_.v.data + item_.b * p_.v.batch + item_.kv_head * p_.v.head + row * p_.v.time;
-    // Memory is what this waits for: values of this block and keys of the next are called for meanwhile, in between.
+    // Memory is what this waits for: keys and values of the next block are called for meanwhile, in between.
+    const S* next = v + kBlockKeys * p_.v.time;
     for (int64_t i = 0; i < n; i += kTogether) {
       const int64_t count = std::min(kTogether, n - i);
-      fetch(v + i * p_.v.time, p_.v.time, count, p_.v_dim);
-      fetch(k + i * p_.k.time + kBlockKeys * p_.k.time, p_.k.time, count, p_.dim);
+      fetch(k + (i + kBlockKeys) * p_.k.time, p_.k.time, count, p_.dim);
       dot_product<S>({queries_, q_stride_, k + i * p_.k.time, p_.k.time, count, p_.dim, scores_ + i, s_stride_,
                       Init::kZero, nullptr},
                      rows);
     }
     for (int64_t r = 0; r < rows; ++r) weigh(r, keys);
-    add_values(rows, n, v);
+    add_values(rows, n, v, next);
   }
 
   static void fetch(const S* from, int64_t stride, int64_t rows, int64_t width) {
@@ -142,25 +142,29 @@ class AttentionDecode {
     for (int64_t i = 0; i < end; ++i) s[i] *= factors[i];
   }
 
+  // `next` or null: as many rows are called for, in step with the columns.
   template <int R, int N>
-  void add_values_of(int64_t r, int64_t n, const S* v) {
+  void add_values_of(int64_t r, int64_t n, const S* v, const S* next) {
     const T* weights = scores_ + r * s_stride_;
     T* sums = sums_ + r * v_stride_;
     int64_t d = 0;
-    for (; d + N * V::kLanes <= p_.v_dim; d += N * V::kLanes)
+    for (; d + N * V::kLanes <= p_.v_dim; d += N * V::kLanes) {
+      const int64_t from = n * d / p_.v_dim, to = n * (d + N * V::kLanes) / p_.v_dim;
+      if (next) fetch(next + from * p_.v.time, p_.v.time, to - from, p_.v_dim);
       add_weighted_rows<S, R, N, true>(weights, s_stride_, v + d, p_.v.time, n, 0, sums + d, v_stride_);
+    }
     for (; d + V::kLanes <= p_.v_dim; d += V::kLanes)
       add_weighted_rows<S, R, 1, true>(weights, s_stride_, v + d, p_.v.time, n, 0, sums + d, v_stride_);
     if (d < p_.v_dim)
       add_weighted_rows<S, R, 1, false>(weights, s_stride_, v + d, p_.v.time, n, p_.v_dim - d, sums + d, v_stride_);
   }
   // Few rows take more columns at a time: that many sums are under way at once.
-  void add_values(int64_t rows, int64_t n, const S* v) {
+  void add_values(int64_t rows, int64_t n, const S* v, const S* next) {
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) add_values_of<4, 2>(r, n, v);
-    if (rows - r == 3) add_values_of<3, 2>(r, n, v);
-    if (rows - r == 2) add_values_of<2, 4>(r, n, v);
-    if (rows - r == 1) add_values_of<1, 4>(r, n, v);
+    for (; r + 4 <= rows; r += 4, next = nullptr) add_values_of<4, 2>(r, n, v, next);
+    if (rows - r == 3) add_values_of<3, 2>(r, n, v, next);
+    if (rows - r == 2) add_values_of<2, 4>(r, n, v, next);
+    if (rows - r == 1) add_values_of<1, 4>(r, n, v, next);
   }
 
   void combine_row(int64_t first, int64_t last, int64_t r) {
