@@ -444,15 +444,14 @@ def _attend(
     """plain: q, k and v are (the bias has q's dtype and device, so that it is as well)."""
     output, lse = _run(q, k, v, options, plain)
     if sinks is not None:
-        # The sink joins the sum of exponentials: a factor for all weights of a row.
+        # The sink joins the sum of exponentials: a factor exp(lse) / (exp(lse) + exp(sink)) for all weights of a row.
         packed = options.q_starts is not None
         sink = sinks.to(lse.dtype)[:, None]
-        with_sink = torch.logaddexp(lse, sink.expand_as(lse))
-        share = torch.exp(lse - with_sink)
+        share = torch.sigmoid(lse - sink)
         output = output * (share.mT if packed else share).unsqueeze(-1).to(output.dtype)
+        lse = torch.logaddexp(lse, sink.expand_as(lse)) if return_lse else lse
         if options.q_starts is not None:  # rows past the last sequence stay 0 and give the sinks no gradient
-            with_sink = with_sink.masked_fill(torch.arange(q.shape[0], device=q.device) >= options.q_starts[-1], 0)
-        lse = with_sink
+            lse = lse.masked_fill(torch.arange(q.shape[0], device=q.device) >= options.q_starts[-1], 0)
     return (output, lse) if return_lse else output
 
 
