@@ -120,10 +120,10 @@ class HeadScores {
     const auto scale = p_.scale, cap = p_.softcap;
     const S* bias = bias_ ? bias_ + query * p_.bias.query + first * p_.bias.key : nullptr;
     const bool* keep = keep_ ? keep_ + query * p_.keep.query + first * p_.keep.key : nullptr;
-    if (bias && p_.bias.key == 1 && cap == 0 && !p_.slopes.data) {  // as most models have it: one pass
+    if (bias && p_.bias.key == 1 && cap == 0 && !p_.slopes.data) {  // as most models have it: one pass, the same bits
       for (int64_t i = keys.begin; i < keys.end; i += V::kLanes) {
         const int64_t n = std::min<int64_t>(V::kLanes, keys.end - i);
-        fma(V::load_partial(s + i, n), V::broadcast(scale), load_as<V>(bias + i, n)).store_partial(s + i, n);
+        (V::load_partial(s + i, n) * V::broadcast(scale) + load_as<V>(bias + i, n)).store_partial(s + i, n);
       }
       if (keep) mask(keep, keys, s);
       return;
