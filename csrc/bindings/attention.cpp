@@ -122,7 +122,9 @@ class AttentionCall {
     p.bias = mask_view<const S>(bias, "bias", dtype, full);
     p.slopes = mask_view<const T>(slopes, "slopes", compute_type(dtype), per_head);
     p.scale = static_cast<T>(scale), p.softcap = static_cast<T>(softcap);
-    p.lower_right = lower_right, p.left = left, p.right = right;
+    // So that sums with positions cannot overflow; no sequence is that long.
+    constexpr int64_t kFar = int64_t{1} << 60;
+    p.lower_right = lower_right, p.left = std::min(left, kFar), p.right = std::min(right, kFar);
     p.dropout = dropout, p.seed = seed;
   }
 

@@ -641,6 +641,17 @@ def test_packed_options(options: dict) -> None:
     check_attention(make_varlen([7, 0, 30, 1], [9, 4, 25, 1], 4, kv_heads=1, past=2, **options))
 
 
+def test_packed_keys_in_parts_with_rows_past_the_last() -> None:
+    """Gradients of q are then kept by part: the rows past the last sequence have places among them."""
+    check_attention(make_varlen([30], [1100], 2, past=900), wanted=("q", "k", "v"), scale=8.0)
+
+
+def test_windows_beyond_all_numbers() -> None:
+    case = make_attention(1, 2, 20, 8)
+    far = replace(case, window=(2**63 - 1, 2**63 - 1))
+    assert all(map(torch.equal, run_fastlm(case).values(), run_fastlm(far).values()))
+
+
 @full
 def test_packed_over_many_lengths() -> None:
     for seed in range(20):

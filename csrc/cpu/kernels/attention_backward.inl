@@ -75,7 +75,7 @@ class AttentionBackward {
 
   // How many rows dQ has in all, once for every part where there are several.
   static int64_t partial_rows(const AttentionBackwardParams<S>& p, const AttentionPlan& plan) {
-    return plan.parts > 1 ? plan.parts * p.q_heads * query_count(p) : 0;
+    return plan.parts > 1 ? plan.parts * places(p) : 0;
   }
 
   void run(const AttentionItem& item) {
@@ -92,7 +92,7 @@ class AttentionBackward {
   // Adds up the parts of dQ of one head (b, head).
   void combine(int64_t b, int64_t head) {
     b_ = b, sequence_ = attention_sequence(p_, b);
-    const int64_t count = p_.q_heads * query_count(p_);
+    const int64_t count = places(p_);
     for (int64_t i = 0; i < sequence_.q_len; ++i) {
       T* sum = buffers_.partial + lse_place(head, i) * p_.dim;
       for (int64_t part = 1; part < plan_.parts; ++part)
@@ -102,8 +102,9 @@ class AttentionBackward {
   }
 
  private:
-  static int64_t query_count(const AttentionBackwardParams<S>& p) {
-    return p.q_starts ? p.q_starts[p.batch] : p.batch * p.q_len;
+  // Of lse, which packed sequences need not fill: rows may follow the last.
+  static int64_t places(const AttentionBackwardParams<S>& p) {
+    return p.q_starts ? p.q_heads * p.lse.head : p.batch * p.lse.batch;
   }
   int64_t lse_place(int64_t head, int64_t query) const {
     return b_ * p_.lse.batch + head * p_.lse.head + sequence_.q_begin + query;
@@ -144,8 +145,7 @@ class AttentionBackward {
       if (plan_.parts == 1)
         write_row(sum, p_.dim, p_.scale, grad_q_row(head, i));
       else
-        std::copy_n(sum, p_.dim,
-                    buffers_.partial + (part_ * p_.q_heads * query_count(p_) + lse_place(head, i)) * p_.dim);
+        std::copy_n(sum, p_.dim, buffers_.partial + (part_ * places(p_) + lse_place(head, i)) * p_.dim);
     }
   }
 
