@@ -55,12 +55,12 @@ struct CrossEntropyCall {
 
 enum Reduction { kNone, kMean, kSum };
 
-// The sum in row order, by no thread count changed.
+// The sum in row order, by no thread count changed; hundreds of roundings of a double would show in a double.
 template <class T>
 T reduced(const std::vector<T>& losses, const std::vector<int64_t>& live, bool mean) {
-  double sum = 0;
+  long double sum = 0;
   for (const int64_t row : live) sum += losses[row];
-  return static_cast<T>(mean ? sum / static_cast<double>(live.size()) : sum);
+  return static_cast<T>(mean ? sum / static_cast<long double>(live.size()) : sum);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(
