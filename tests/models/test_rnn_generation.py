@@ -217,6 +217,9 @@ def test_draws_follow_the_distribution() -> None:
         ({"input_ids": []}, r"input_ids: expected whole numbers \(T,\) or \(1, T\)"),
         ({"input_ids": [[1], [2]]}, "input_ids: expected whole numbers"),
         ({"input_ids": [1.5]}, "input_ids: expected whole numbers"),
+        ({"input_ids": [True]}, "input_ids: expected whole numbers"),
+        ({"input_ids": [-1, 2]}, r"input_ids: expected 0 to 36 \(vocab_size - 1\), got -1 to 2"),
+        ({"input_ids": [VOCABULARY]}, "input_ids: expected 0 to 36"),
     ],
     ids=lambda value: "-".join(map(str, *value.items())) if isinstance(value, dict) else "",
 )

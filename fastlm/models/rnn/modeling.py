@@ -285,7 +285,7 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
             generator (torch.Generator, optional): to draw with. Default: torch's own.
 
         Raises:
-            ValueError: an empty prompt, more than one prompt, an impossible number, or a model that is not on the CPU.
+            ValueError: an empty prompt, more than one prompt, a number out of range, or a model that is not on the CPU.
         """
         if eos_token_id is None:
             eos_token_id = self.generation_config.eos_token_id
@@ -293,4 +293,5 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
         sampling = Sampling(temperature, top_k, top_p, generator) if do_sample else None
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
             raise ValueError(f"max_new_tokens: expected a whole number of at least 0, got {max_new_tokens!r}")
-        return generation.stream_tokens(self, generation.check_prompt(input_ids), max_new_tokens, sampling, ends)
+        prompt = generation.check_prompt(input_ids, self.config.vocab_size)
+        return generation.stream_tokens(self, prompt, max_new_tokens, sampling, ends)
