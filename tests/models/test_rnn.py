@@ -180,7 +180,7 @@ def test_errors() -> None:
         model(ids, shift_labels=ids[:2])
     with pytest.raises(ValueError, match="skip_logits: expected labels"):
         model(ids, skip_logits=True)
-    with pytest.raises(ValueError, match="does not support (activation|gradient) checkpointing"):
+    with pytest.raises(ValueError, match=r"does not support (activation|gradient) checkpointing"):
         model.gradient_checkpointing_enable()
 
 

@@ -215,7 +215,8 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
         """
         # A tuple, for transformers' outputs cost as much as a step of a small model.
         output, *cache = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, False)
-        hidden = self.projection(self.dropout(output))
+        # (T, B, *), as the stack laid it out: neither the projection nor the loss then copies.
+        hidden = self.projection(self.dropout(output).transpose(0, 1))
         loss = None
         # Not an argument: the Trainer would evaluate only on data that have every argument with "label" in its name.
         if labels is not None or kwargs.get("shift_labels") is not None:
@@ -225,7 +226,7 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
         logits = None
         if not (self.training and loss is not None if skip_logits is None else skip_logits):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, kept])
+            logits = self.lm_head(hidden[kept].transpose(0, 1))
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache[0] if cache else None)
 
     def _compute_loss(
@@ -238,17 +239,18 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
         label_smoothing: float = 0.0,
         **kwargs: Any,
     ) -> Tensor:
+        """Of hidden (T, B, D); the rest as of `forward`."""
         name, target = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
         assert target is not None
-        if target.shape != hidden.shape[:2]:
-            raise ValueError(f"{name}: expected shape {tuple(hidden.shape[:2])} (B, T), got {tuple(target.shape)}")
+        steps, batch, _ = hidden.shape
+        if target.shape != (batch, steps):
+            raise ValueError(f"{name}: expected shape {(batch, steps)} (B, T), got {tuple(target.shape)}")
         if shift_labels is None:
             target = F.pad(target[:, 1:], (0, 1), value=ignore_index)
-        # By time, as the stack laid it out, so that nothing is copied.
         loss = ops.linear_cross_entropy(
-            hidden.transpose(0, 1).flatten(0, 1),
+            hidden,
             self.lm_head.weight,
-            target.t().flatten(),
+            target.t(),
             self.lm_head.bias,
             ignore_index=ignore_index,
             reduction="mean" if num_items_in_batch is None else "sum",
