@@ -1,0 +1,299 @@
+"""RNNModel and RNNForCausalLM: embedding, GRU or LSTM stack, output layer."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel, initialization
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from fastlm import ops
+from fastlm.models.rnn import generation
+from fastlm.models.rnn.cache import RNNCache
+from fastlm.models.rnn.configuration import RNNConfig
+from fastlm.models.rnn.sampling import Sampling
+from fastlm.nn import GRU, LSTM
+
+IGNORE_INDEX = -100
+
+
+class RNNPreTrainedModel(PreTrainedModel):
+    """What both models have in common."""
+
+    config_class = RNNConfig
+    base_model_prefix = "model"
+    # Assisted generation takes tokens back, which a state cannot; transformers then refuses it.
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draws weights as torch.nn does; embeddings that are tied, as the output layer that they also are."""
+        if isinstance(module, nn.Embedding) and self.config.tie_word_embeddings:
+            bound = module.embedding_dim**-0.5
+            initialization.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, nn.Embedding | nn.Linear | nn.RNNBase):
+            module.reset_parameters()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # forward makes an RNNCache
+
+
+class RNNModel(RNNPreTrainedModel):
+    """The embedding and the recurrent stack of an `RNNConfig`.
+
+    Initial weights have the distributions of torch.nn's modules; tied embeddings are U(-1, 1) / sqrt(E).
+    `fastlm.restore(model)` puts the stack on torch.nn.GRU or LSTM.
+    """
+
+    def __init__(self, config: RNNConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.rnn = (GRU if config.cell == "gru" else LSTM)(
+            config.embedding_size,
+            config.hidden_size,
+            config.num_layers,
+            batch_first=True,
+            dropout=config.dropout if config.num_layers > 1 else 0.0,
+        )
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: RNNCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Runs the stack from the state in past_key_values, or from zeros.
+
+        Args:
+            input_ids (Tensor, optional): (B, T), integers; or inputs_embeds.
+            attention_mask (Tensor, optional): (B, T), or (B, S + T) after S cached steps, of which the last T count.
+                Where it is 0 the state passes by unchanged and the output is 0. Default: None, all ones.
+            past_key_values (RNNCache, optional): state to start in; updated in place unless use_cache is False.
+            inputs_embeds (Tensor, optional): (B, T, E).
+            use_cache (bool, optional): return the last state. Default: None, the configuration's.
+            return_dict (bool, optional): False gives a tuple. Default: None, the configuration's.
+            **kwargs: what transformers passes to other models; plays no part.
+
+        Returns:
+            BaseModelOutputWithPast: last_hidden_state (B, T, H) of the last layer, past_key_values (None without
+                use_cache).
+
+        Raises:
+            ValueError: not exactly one of input_ids and inputs_embeds, a mask of another shape, the other cell's state.
+            TypeError: past_key_values is no RNNCache.
+            RuntimeError: a state of another shape.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids: expected exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            # Laid out by time, as the kernels want it: batch_first then copies nothing.
+            inputs_embeds = self.embed_tokens(input_ids.t()).transpose(0, 1)  # type: ignore[union-attr]
+        batch, steps, _ = inputs_embeds.shape
+        cache = RNNCache() if past_key_values is None else past_key_values
+        self._check_cache(cache)
+        padding = _find_padding(attention_mask, batch, steps, cache.seq_length)
+        output, hx = self._run_layers(self.dropout(inputs_embeds), cache.hx, padding)
+        keep = self.config.use_cache if use_cache is None else use_cache
+        if keep:
+            cache.update(hx, steps)
+        if not (self.config.return_dict if return_dict is None else return_dict):
+            return (output, cache) if keep else (output,)
+        return BaseModelOutputWithPast(last_hidden_state=output, past_key_values=cache if keep else None)
+
+    def _run_layers(self, x: Tensor, hx: Any, padding: "_Padding | None") -> tuple[Tensor, Any]:
+        if padding is None:
+            return self.rnn(x, hx)
+        order = padding.order
+        if order is not None:
+            x = x.take_along_dim(order[..., None], 1)
+        if isinstance(self.rnn, GRU | LSTM):
+            output, hx = self.rnn(x, hx, lengths=padding.lengths)
+        else:  # torch.nn's, after fastlm.restore
+            packed = nn.utils.rnn.pack_padded_sequence(x, padding.lengths.cpu(), True, enforce_sorted=False)
+            packed, hx = self.rnn(packed, hx)
+            output, _ = nn.utils.rnn.pad_packed_sequence(packed, True, total_length=x.shape[1])
+        if order is not None:
+            output = output.take_along_dim(order.argsort(1)[..., None], 1)
+        return output, hx
+
+    def _check_cache(self, cache: object) -> None:
+        if not isinstance(cache, RNNCache):
+            raise TypeError(f"past_key_values: expected an RNNCache, got {type(cache).__name__}")
+        if cache.h is not None and (cache.c is None) != (self.rnn.mode == "GRU"):
+            got = "h alone" if cache.c is None else "h and c"
+            raise ValueError(f"past_key_values: expected {self.rnn.mode} states, got {got}")
+
+
+class _Padding(NamedTuple):
+    """Which steps are real: the first `lengths` (B,), after sorting by `order` (B, T) unless that is None."""
+
+    order: Tensor | None
+    lengths: Tensor
+
+
+def _find_padding(mask: Tensor | None, batch: int, steps: int, seen: int) -> _Padding | None:
+    """Reads an attention mask; None where every step is real."""
+    if mask is None:
+        return None
+    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (steps, seen + steps):
+        widths = f"{steps}" if seen == 0 else f"{steps} or {seen + steps}"
+        raise ValueError(f"attention_mask: expected shape ({batch}, {widths}), got {tuple(mask.shape)}")
+    real = mask[:, -steps:] != 0
+    # What depends on values would break a compiled graph.
+    if not torch.compiler.is_compiling():
+        if bool(real.all()):
+            return None
+        if bool((real[:, 1:] <= real[:, :-1]).all()):
+            return _Padding(None, real.sum(1))
+    return _Padding(torch.argsort(~real, dim=1, stable=True), real.sum(1))
+
+
+class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
+    """An `RNNModel` and an output layer with a bias, whose weights may be the embeddings (tie_word_embeddings).
+
+    Initial weights as in `RNNModel`.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: RNNConfig) -> None:
+        super().__init__(config)
+        self.model = RNNModel(config)
+        self.dropout = nn.Dropout(config.dropout)
+        width = config.embedding_size if config.tie_word_embeddings else config.hidden_size
+        # Embeddings are E wide and the stack's output H.
+        self.projection = nn.Identity() if width == config.hidden_size else nn.Linear(config.hidden_size, width, False)
+        self.lm_head = nn.Linear(width, config.vocab_size)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: RNNCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Scores of the next token after each step, and their loss.
+
+        Args:
+            input_ids (Tensor, optional): (B, T); or inputs_embeds.
+            attention_mask (Tensor, optional): (B, T) or (B, S + T), as of `RNNModel`. Default: None, all ones.
+            past_key_values (RNNCache, optional): state to start in. Default: None, zeros.
+            inputs_embeds (Tensor, optional): (B, T, E).
+            labels (Tensor, optional): (B, T); the target of step t is labels[:, t + 1]. -100 is no target.
+            use_cache (bool, optional): return the last state. Default: None, the configuration's.
+            logits_to_keep (int or Tensor): compute the logits of this many last steps (0: all), or of these steps.
+                The loss takes all steps in any case. Default: 0.
+            skip_logits (bool, optional): compute the loss alone, which never holds all logits. Default: None, in
+                training with labels.
+            **kwargs: shift_labels (Tensor), (B, T): the target of step t is shift_labels[:, t]; it goes before labels.
+                num_items_in_batch (int or Tensor) divides the sum of losses in place of the number of targets.
+                label_smoothing (default 0) and ignore_index (-100) are those of `ops.linear_cross_entropy`.
+
+        Returns:
+            CausalLMOutputWithPast: loss (with labels), logits (B, T, V) or None, past_key_values (None without
+                use_cache).
+
+        Raises:
+            ValueError: as `RNNModel`; labels of another shape than (B, T); skip_logits without labels.
+        """
+        # A tuple, for transformers' outputs cost as much as a step of a small model.
+        output, *cache = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, False)
+        # (T, B, *), as the stack laid it out: neither the projection nor the loss then copies.
+        hidden = self.projection(self.dropout(output).transpose(0, 1))
+        loss = None
+        # Not an argument: the Trainer would evaluate only on data that have every argument with "label" in its name.
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            loss = self._compute_loss(hidden, labels, **kwargs)
+        elif skip_logits:
+            raise ValueError("skip_logits: expected labels or shift_labels with skip_logits=True")
+        logits = None
+        if not (self.training and loss is not None if skip_logits is None else skip_logits):
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[kept].transpose(0, 1))
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache[0] if cache else None)
+
+    def _compute_loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        label_smoothing: float = 0.0,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Of hidden (T, B, D); the rest as of `forward`."""
+        name, target = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+        assert target is not None
+        steps, batch, _ = hidden.shape
+        if target.shape != (batch, steps):
+            raise ValueError(f"{name}: expected shape {(batch, steps)} (B, T), got {tuple(target.shape)}")
+        if shift_labels is None:
+            target = F.pad(target[:, 1:], (0, 1), value=ignore_index)
+        loss = ops.linear_cross_entropy(
+            hidden,
+            self.lm_head.weight,
+            target.t(),
+            self.lm_head.bias,
+            ignore_index=ignore_index,
+            reduction="mean" if num_items_in_batch is None else "sum",
+            label_smoothing=label_smoothing,
+        )
+        if num_items_in_batch is None:
+            return loss
+        return loss / num_items_in_batch
+
+    def stream_tokens(
+        self,
+        input_ids: Tensor | Sequence[int],
+        max_new_tokens: int,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        eos_token_id: int | Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[int]:
+        """Yields the tokens that `generate` would append to one prompt, each as soon as it is known, at less cost.
+
+        The weights are those at the first token; changing them meanwhile changes nothing. Dropout plays no part.
+
+        Args:
+            input_ids (Tensor or sequence of int): the prompt, (T,) or (1, T), at least one token.
+            max_new_tokens (int): yield no more than this.
+            do_sample (bool): draw from the distribution; False takes the most likely token. Default: False.
+            temperature (float): divides the logits, above 0. Default: 1.
+            top_k (int): draw among so many most likely tokens; 0: among all. Default: 0.
+            top_p (float): draw among the fewest most likely tokens that have this probability together. Default: 1.
+            eos_token_id (int or sequence of int, optional): the last token to yield. Default: None, those of
+                generation_config; () for none.
+            generator (torch.Generator, optional): to draw with. Default: torch's own.
+
+        Raises:
+            ValueError: an empty prompt, more than one prompt, a number out of range, or a model that is not on the CPU.
+        """
+        if eos_token_id is None:
+            eos_token_id = self.generation_config.eos_token_id
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+        sampling = Sampling(temperature, top_k, top_p, generator) if do_sample else None
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens: expected a whole number of at least 0, got {max_new_tokens!r}")
+        prompt = generation.check_prompt(input_ids, self.config.vocab_size)
+        return generation.stream_tokens(self, prompt, max_new_tokens, sampling, ends)
