@@ -6,7 +6,7 @@
 #include <thread>
 #include <vector>
 
-#include "bindings/stream.h"
+#include "bindings/objects.h"
 #include "cpu/isa.h"
 
 namespace py = pybind11;
@@ -53,6 +53,7 @@ double fma_peak(int threads, double seconds) {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Introspection of fastlm's compiled kernels.";
   fastlm::bindings::define_stream(module);
+  fastlm::bindings::define_argmax(module);
   module.def("cpu_isa", &cpu::isa, "Name of the instruction set in use.");
   module.def("cpu_isas", &cpu::usable_isas, "Names of those usable on this machine, plainest first.");
   module.def("set_cpu_isa", &cpu::set_isa, py::arg("name"), "Uses another instruction set from now on.");

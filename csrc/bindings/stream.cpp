@@ -1,12 +1,12 @@
 // fastlm._C.Stream: cpu/stream.h for Python, on raw addresses, since a step is shorter than a call of a tensor
 // operation. fastlm/nn/stream.py checks what they point to.
-#include "bindings/stream.h"
+#include "cpu/stream.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "bindings/common.h"
-#include "cpu/stream.h"
+#include "bindings/objects.h"
 
 namespace py = pybind11;
 

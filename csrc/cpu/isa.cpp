@@ -19,12 +19,14 @@ namespace fastlm::cpu {
   extern const CrossEntropyKernels<float> kCrossEntropyFloat;                                                        \
   extern const CrossEntropyKernels<double> kCrossEntropyDouble;                                                      \
   extern const CrossEntropyKernels<BFloat16> kCrossEntropyBFloat16;                                                  \
+  extern const ArgmaxKernels<float> kArgmaxFloat;                                                                    \
+  extern const ArgmaxKernels<double> kArgmaxDouble;                                                                  \
   extern const MathKernels<float> kMathFloat;                                                                        \
   extern const MathKernels<double> kMathDouble;                                                                      \
-  constexpr Kernels<float> kFloat{&kGemmFloat,      &kGruFloat,          &kLstmFloat,                                \
-                                  &kAttentionFloat, &kCrossEntropyFloat, &kMathFloat};                               \
-  constexpr Kernels<double> kDouble{&kGemmDouble,      &kGruDouble,          &kLstmDouble,                           \
-                                    &kAttentionDouble, &kCrossEntropyDouble, &kMathDouble};                          \
+  constexpr Kernels<float> kFloat{&kGemmFloat,         &kGruFloat,    &kLstmFloat, &kAttentionFloat,                 \
+                                  &kCrossEntropyFloat, &kArgmaxFloat, &kMathFloat};                                  \
+  constexpr Kernels<double> kDouble{&kGemmDouble,         &kGruDouble,    &kLstmDouble, &kAttentionDouble,           \
+                                    &kCrossEntropyDouble, &kArgmaxDouble, &kMathDouble};                             \
   constexpr Kernels<BFloat16> kBFloat16{&kGruBFloat16, &kLstmBFloat16, &kAttentionBFloat16, &kCrossEntropyBFloat16}; \
   }
 FASTLM_DECLARE_ISA(scalar)

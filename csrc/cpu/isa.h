@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/params.h"
+#include "cpu/argmax.h"
 #include "cpu/attention.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/recurrent.h"
@@ -38,6 +39,11 @@ struct CrossEntropyKernels {
   void (*run)(const CrossEntropyParams<S>&, const CrossEntropyPlan&, ParallelFor);
 };
 
+template <class T>
+struct ArgmaxKernels {
+  Argmax<T>* (*make)(const ArgmaxParams<T>&, int threads, ParallelFor);  // the caller's to delete
+};
+
 // For accuracy sweeps: y[i] = f(x[i]).
 template <class T>
 struct MathKernels {
@@ -53,6 +59,7 @@ struct Kernels {
   const RecurrentKernels<T>*gru, *lstm;
   const AttentionKernels<T>* attention;
   const CrossEntropyKernels<T>* cross_entropy;
+  const ArgmaxKernels<T>* argmax;
   const MathKernels<T>* math;
 };
 template <>

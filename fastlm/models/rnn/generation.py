@@ -1,33 +1,58 @@
 """One text, token by token, without the cost of transformers' generate()."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastlm import _native
 from fastlm.models.rnn.sampling import Sampling
 from fastlm.nn import Stream
 
+# Of new tokens: below, narrowing the output layer's weights costs more than it saves.
+_WORTH_NARROWING = 16
+
 
 class Engine:
-    """A model at batch 1, with its weights packed once: tokens in, the logits (V,) of the next one out."""
+    """A model at batch 1, with its weights packed once: tokens in, the output layer's input (1, W) out."""
 
     def __init__(self, model: Any) -> None:
         self._embeddings = model.model.embed_tokens.weight.unsqueeze(1)  # (V, 1, E)
         self._stream = Stream(model.model.rnn, 1)
-        self._projection, self._head = model.projection, model.lm_head
+        self._projection = model.projection
 
     def prefill(self, tokens: Tensor) -> Tensor:
         """After a prompt (T,)."""
-        return self._logits(self._stream.chunk(self._embeddings[tokens].transpose(0, 1))[:, -1])
+        return self._projection(self._stream.chunk(self._embeddings[tokens].transpose(0, 1))[:, -1])
 
     def step(self, token: int) -> Tensor:
         """After one more token."""
-        return self._logits(self._stream.step(self._embeddings[token]))
+        return self._projection(self._stream.step(self._embeddings[token]))
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self._head(self._projection(hidden))[0]
+
+class _Argmax:
+    """The most likely token by a compiled search that reads a quarter of the output layer's memory."""
+
+    def __init__(self, head: torch.nn.Linear) -> None:
+        # Dense, and kept: the search reads them by address.
+        self._weight, self._bias = (tensor.detach().contiguous() for tensor in (head.weight, head.bias))
+        make = {torch.float32: "ArgmaxFloat32", torch.float64: "ArgmaxFloat64"}[self._weight.dtype]
+        addresses = (self._weight.data_ptr(), self._bias.data_ptr())
+        self._run = getattr(_native.module, make)(*self._weight.shape, *addresses).run
+
+    def __call__(self, hidden: Tensor) -> int:
+        return self._run(hidden.data_ptr())
+
+
+def _chooser(head: torch.nn.Linear, sampling: Sampling | None, max_new_tokens: int) -> Callable[[Tensor], int]:
+    """What makes a token of the output layer's input."""
+    if sampling is not None:
+        return lambda hidden: sampling.draw(head(hidden)[0])
+    narrows = head.weight.dtype in (torch.float32, torch.float64) and max_new_tokens >= _WORTH_NARROWING
+    if narrows and _native.module is not None:
+        return _Argmax(head)
+    return lambda hidden: int(head(hidden).argmax())
 
 
 @torch.inference_mode()
@@ -38,13 +63,14 @@ def stream_tokens(
     if max_new_tokens == 0:
         return
     engine = Engine(model)
-    logits = engine.prefill(prompt)
+    choose = _chooser(model.lm_head, sampling, max_new_tokens)
+    hidden = engine.prefill(prompt)
     for left in range(max_new_tokens, 0, -1):
-        token = int(logits.argmax()) if sampling is None else sampling.draw(logits)
+        token = choose(hidden)
         yield token
         if left == 1 or token in ends:
             return
-        logits = engine.step(token)
+        hidden = engine.step(token)
 
 
 def check_prompt(tokens: Tensor | Sequence[int], vocab_size: int) -> Tensor:
