@@ -64,7 +64,7 @@ def _module_call(
 
         def step() -> list[Tensor]:
             optimizer.zero_grad()
-            loss = workload.loss(module(*inputs))
+            loss = module.loss(*inputs, workload.targets)
             loss.backward()
             optimizer.step()
             return [loss.detach(), *(parameter.grad for parameter in parameters)]
@@ -166,7 +166,7 @@ def _without_resets(workload: Workload, mode: str, threads: int) -> Call | None:
 
 def _fastlm_tuned(workload: Workload, mode: str, threads: int) -> Call | None:
     if isinstance(workload, LanguageModel) and mode == "training":
-        return _module_call(workload, fastlm.replace(workload.module()), mode, fused=True)
+        return _module_call(workload, workload.fast_module(), mode, fused=True)
     return None
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import attention
+import models
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ import fastlm
 MODES = ("forward", "training")
 OPS = ("gru", "lstm")  # recurrent
 ATTENTION_OPS = ("attention", "mha")
+MODEL_OPS = ("cross_entropy", "gpt2")  # generation is of its layer's op
 GATES = {"gru": 3, "lstm": 4}
 LAYERS = {"gru": nn.GRU, "lstm": nn.LSTM}
 CELLS = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}
@@ -232,6 +234,24 @@ class TokenModel(nn.Module):
         hidden = self.rnn(self.embedding(tokens))[0]
         return self.linear(hidden[-1] if self.last_only else hidden)
 
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of the next tokens (T, B); with one output, of the two classes (B,)."""
+        output = self(tokens)
+        if self.last_only:
+            return binary_cross_entropy_with_logits(output.flatten(), targets.to(output.dtype))
+        return cross_entropy(output.flatten(0, 1), targets.flatten())
+
+
+class FusedTokenModel(TokenModel):
+    """The same with the output layer and its loss in one."""
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """As TokenModel."""
+        if self.last_only:
+            return super().loss(tokens, targets)
+        hidden = self.rnn(self.embedding(tokens))[0]
+        return fastlm.ops.linear_cross_entropy(hidden, self.linear.weight, targets, self.linear.bias)
+
 
 VOCABULARY = 10000
 
@@ -251,6 +271,9 @@ class LanguageModel(Layer):
     def module(self) -> nn.Module:
         return TokenModel(self.recurrent(), VOCABULARY, self.outputs, self.last_only)
 
+    def fast_module(self) -> nn.Module:
+        return FusedTokenModel(fastlm.replace(self.recurrent()), VOCABULARY, self.outputs, self.last_only)
+
     def _tokens(self, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(0, VOCABULARY, (self.seq_len, self.batch), generator=generator)
@@ -258,13 +281,10 @@ class LanguageModel(Layer):
     def inputs(self) -> tuple[Tensor, ...]:
         return (self._tokens(1),)
 
-    def loss(self, output: Tensor) -> Tensor:
-        """Cross-entropy against random next tokens."""
-        return cross_entropy(output.flatten(0, 1), self._targets.flatten())
-
     @cached_property
-    def _targets(self) -> Tensor:
-        return self._tokens(2)
+    def targets(self) -> Tensor:
+        """What the model is to say: random next tokens, or one of two classes."""
+        return self._tokens(2)[0] % 2 if self.last_only else self._tokens(2)
 
 
 @dataclass(frozen=True)
@@ -273,13 +293,6 @@ class Classifier(LanguageModel):
 
     outputs = 1
     last_only = True
-
-    def loss(self, output: Tensor) -> Tensor:
-        return binary_cross_entropy_with_logits(output.flatten(), self._labels.to(output.dtype))
-
-    @cached_property
-    def _labels(self) -> Tensor:
-        return self._tokens(2)[0] % 2
 
 
 @dataclass(frozen=True)
@@ -317,7 +330,15 @@ class Product:
         return list(results)
 
 
-Workload = Layer | Product | attention.Attention | attention.AttentionModule
+Workload = (
+    Layer
+    | Product
+    | attention.Attention
+    | attention.AttentionModule
+    | models.OutputLayer
+    | models.Generation
+    | models.GPT2
+)
 
 
 def _layer(op: str, batch: int, seq_len: int, hidden: int) -> Layer:
@@ -358,6 +379,7 @@ WORKLOADS: tuple[Workload, ...] = (
     LanguageModel("lstm", "LM-B", 32, 64, 256, 128),
     Classifier("lstm", "CLS", 32, 200, 128, 256),
     *attention.WORKLOADS,
+    *models.WORKLOADS,
     # An input projection as nn.Linear stores its weight, a larger one, and the forms that gradients need.
     Product(2048, 256, 768),
     Product(2048, 1024, 3072),

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import rows
 import targets
-from registry import ATTENTION_OPS, MODES, OPS
+from registry import ATTENTION_OPS, MODEL_OPS, MODES, OPS
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 TITLES = {"forward": "forward", "training": "forward + backward (whole models: a training step)"}
-FAMILIES = {"recurrent": OPS, "attention": ATTENTION_OPS}
+FAMILIES = {"recurrent": OPS, "attention": ATTENTION_OPS, "language models": MODEL_OPS}
+PLOTTED = ("recurrent", "attention")
 Groups = Mapping[tuple[str, str, str], rows.Group]
 
 
@@ -126,13 +127,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = sorted((Path(__file__).parent / "results").glob("*.csv"))
     parser.add_argument("csv", nargs="*", type=Path, default=default, help="default: all of results/")
     parser.add_argument("--readme", type=Path, help="file whose table is replaced")
-    parser.add_argument("--plots", type=Path, help="folder to write PNGs to, one per family of operations")
+    parser.add_argument("--plots", type=Path, help="folder to write PNGs to, one per family of layers")
     parser.add_argument("--check", action="store_true", help="print for every speed target whether it was reached")
     arguments = parser.parse_args(argv)
     groups = rows.latest(row for path in arguments.csv for row in rows.read(path))
     if arguments.readme:
         rewrite(arguments.readme, markdown(groups))
-    for family in FAMILIES if arguments.plots else ():
+    for family in PLOTTED if arguments.plots else ():
         plot(groups, family, arguments.plots / f"{family}.png")
     if arguments.check:
         found = list(targets.verdicts(groups))

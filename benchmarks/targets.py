@@ -46,6 +46,13 @@ _SINGLE = {
     ("gru", "cell_b32_256_x50"): (("share", 0.60), ("share", 0.50)),
     ("lstm", "cell_b32_256_x50"): (("share", 0.60), ("share", 0.50)),
 }
+_OUTPUT = {
+    "2048x10000x256": (None, ("share", 0.82)),
+    "1024x50257x768": (None, ("share", 0.82)),
+    "2048x10000x256_none": (None, ("share", 0.60)),
+}
+_SINGLE |= {("cross_entropy", name): bounds for name, bounds in _OUTPUT.items()}
+_SINGLE |= {(op, "stream_100_tokens"): (("torch_ratio", 3),) for op in ("gru", "lstm")}
 # Likewise for attention, by the name without _bf16: float32 forward and training, then bfloat16.
 _ATTENTION = {
     "prefill1024_full": (("share", 0.82), ("share", 0.80), ("share", 1.50), ("share", 1.30)),
@@ -125,8 +132,13 @@ PEERS = {
     ("lstm", "LM-B"): (("torch_tuned", 1.35), ("torch_tuned", 1.40)),
     ("lstm", "CLS"): (("torch", 1.00), ("torch_tuned", 1.40)),
 }
-# JAX's time is to be halved, not only matched.
-_PEER_FACTOR = {("gru", "b1_t100_256", "training"): 2.0}
+# More than to be matched: JAX's time halved, whole models and the output layer ahead by a margin.
+_PEER_FACTOR = {
+    ("gru", "b1_t100_256", "training"): 2.0,
+    **{(op, name, "forward"): 1.2 for op, name in (("gru", "LM-A"), ("lstm", "LM-B"))},
+    **{(op, name, "training"): 1.3 for op, name in (("gru", "LM-A"), ("lstm", "LM-B"))},
+    **{("cross_entropy", name, "training"): 1.5 for name in _OUTPUT},
+}
 
 
 class Verdict(NamedTuple):
@@ -167,7 +179,7 @@ def verdicts(groups: Mapping[tuple[str, str, str], rows.Group]) -> Iterator[Verd
         if "fastlm" in group:
             yield _verdict(f"{label} against torch", group["fastlm"].torch_ratio, 1, "times torch")
         peer, limit = _peer_limit(op, workload, mode, group)
-        if peer != "torch":
+        if peer != "torch" or (op, workload, mode) in _PEER_FACTOR:
             bound = _PEER_FACTOR.get((op, workload, mode), 1 / PEER_SLACK)
             yield _verdict(f"{label} against {peer}", limit / rows.ours(group).p50, bound, "times the peer")
 
