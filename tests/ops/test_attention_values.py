@@ -144,6 +144,14 @@ EMPTY = {
     ],
 )
 def test_empty(options: dict) -> None:
-    for more in ({}, {"sinks": True}, {"mask": "float"}, {"mask": "bool", "causal": "lower_right"}, {"dropout_p": 0.5}):
+    one_number = {"mask": "float", "mask_shape": (1, 1, 1, 1)}
+    for more in (
+        {},
+        {"sinks": True},
+        {"mask": "float"},
+        one_number,
+        {"mask": "bool", "causal": "lower_right"},
+        {"dropout_p": 0.5},
+    ):
         # Without width every score is 0, whatever the scale, which is not 1 / sqrt(0).
         check_attention(make_attention(**{"q_len": 3, "scale": 1.0, **options, **more}))
