@@ -14,7 +14,7 @@ help:
 	@echo "make demo       train the same model with torch.nn.GRU and with fastlm and compare (under 4 minutes)"
 	@echo "make test       the tests"
 	@echo "make test-full  the tests on the full grid of shapes and options"
-	@echo "make fuzz       random calls against the reference; N=1000000 for more than 22000, FIRST=22000 for others"
+	@echo "make fuzz       random calls against the reference; N=1000000 for more than 20000, FIRST=20000 for others"
 	@echo "make sanitize   the kernels under AddressSanitizer, UBSan and ThreadSanitizer (needs g++ alone)"
 	@echo "make bench      the benchmarks; writes benchmarks/results and the tables in README.md"
 	@echo "make lint       ruff, mypy and clang-format"
@@ -29,7 +29,7 @@ test: $(VENV)/.kernels
 test-full: $(VENV)/.kernels
 	FASTLM_TEST_FULL=1 $(BIN)/python -m pytest
 
-N ?= 22000
+N ?= 20000
 FIRST ?= 0
 fuzz: $(VENV)/.kernels
 	$(BIN)/python -m tests.fuzz --calls $(N) --first $(FIRST)

@@ -1,5 +1,6 @@
 """Random calls of `gru` and `lstm`."""
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,8 +42,10 @@ def _with_sequences(case: Recurrent, chance: random.Random) -> Recurrent:
 
 
 def scale(case: Recurrent) -> float:
-    """The size of the largest of what is drawn."""
-    return 4.0
+    """The size of the largest of what is drawn, or of sums of it: gradients of weights add up all rows."""
+    if case.x.dtype == torch.bfloat16:  # its sums are of float32
+        return 4.0
+    return max(4.0, 2 * math.sqrt(case.x.shape[:-1].numel()))
 
 
 def laid_out(case: Recurrent, chance: random.Random) -> Recurrent:

@@ -4,7 +4,7 @@ import pytest
 
 from tests.fuzz import calls
 
-TOTAL, PARTS = 22000, 40
+TOTAL, PARTS = 20000, 40
 
 
 @pytest.mark.parametrize("part", range(PARTS))
