@@ -5,12 +5,19 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import accumulate, pairwise
 
+import pytest
 import torch
 from torch import Tensor
 
 import fastlm
+from fastlm import _native
 from fastlm.ops.reference import dropout_factors
-from tests.numerics import Outputs, check_case, incoming
+from tests.numerics import Outputs, check_case, forward_backward, incoming
+
+FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
+dtypes = pytest.mark.parametrize("dtype", [FP32, FP64, BF16], ids=("fp32", "fp64", "bf16"))
+kernels_only = pytest.mark.skipif(_native.module is None, reason="the promise is the kernels', not torch's")
+full = pytest.mark.full
 
 SEED = 7  # of torch's generator, from which a call with dropout draws its own
 
@@ -33,6 +40,8 @@ class Attention:
     dropout_p: float = 0.0
     cu_seqlens_q: Tensor | list[int] | None = None
     cu_seqlens_k: Tensor | list[int] | None = None
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors present that get a gradient, by name."""
@@ -271,3 +280,11 @@ def check_attention(
     Gradients of scores cancel, in a row they add up to 0: scale is the size of what they are made of.
     """
     check_case(case, run_fastlm, run_torch, wanted=wanted, arriving=arriving, scale=scale)
+
+
+def equal(got: Outputs, expected: Outputs) -> bool:
+    return all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def same_to_the_bit(case: Attention, expected: Attention) -> bool:
+    return equal(forward_backward(run_fastlm, case), forward_backward(run_fastlm, expected))

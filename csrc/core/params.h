@@ -87,6 +87,10 @@ template <class P>
 struct Heads {
   P* data;
   int64_t batch, head, time;
+
+  // Of row t of head h of sequence b.
+  int64_t place(int64_t b, int64_t h, int64_t t) const { return b * batch + h * head + t * time; }
+  P* row(int64_t b, int64_t h, int64_t t) const { return data + place(b, h, t); }
 };
 
 // A mask that broadcasts against (B, Hq, Tq, Tk); strides in elements, 0 along broadcast dimensions.

@@ -99,7 +99,8 @@ AttentionPlan AttentionPlan::make(const AttentionBackwardParams<S>& p, int max_t
   // Items whose gradients of the mask meet in one place are one item; it names the first.
   const bool over_batch = p.grad_bias.data && p.grad_bias.batch == 0;
   const bool over_heads = p.grad_bias.data && p.grad_bias.head == 0;
-  const int64_t heads = over_heads ? 1 : p.kv_heads, batch = over_batch ? std::min<int64_t>(1, p.batch) : p.batch;
+  const int64_t heads = over_heads ? std::min<int64_t>(1, p.kv_heads) : p.kv_heads;
+  const int64_t batch = over_batch ? std::min<int64_t>(1, p.batch) : p.batch;
   const int64_t wanted = ceil_div(kPartsWanted, std::max<int64_t>(1, heads * batch));
   const bool whole = p.grad_bias.data && p.grad_bias.key == 0;
   int64_t most_keys = 0;

@@ -128,7 +128,10 @@ def integers(name: str, values: Any) -> Tensor:
     if isinstance(values, list | tuple):
         if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
             raise TypeError(f"{name}: expected whole numbers, got {values}")
-        return torch.tensor(values, dtype=torch.int64)
+        try:
+            return torch.tensor(values, dtype=torch.int64)
+        except (RuntimeError, ValueError):
+            raise ValueError(f"{name}: expected numbers of 64 bits, got {values}") from None
     if not isinstance(values, Tensor):
         raise TypeError(f"{name}: expected a Tensor or a list of int, got {type(values).__name__}")
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:

@@ -14,7 +14,11 @@ _forward = torch.ops.fastlm.attention_forward.default
 _backward = torch.ops.fastlm.attention_backward.default
 _forward_plain = partial(_common.call, _forward, False)
 _CAUSAL = (None, "upper_left", "lower_right")
+# Of q, k, v and mask, in errors: what the caller's function calls them.
+_NAMES = ("q", "k", "v", "mask")
+_TORCHS_NAMES = ("query", "key", "value", "attn_mask")
 _UNLIMITED = -1
+_FAR = 2**60  # a larger window is this one: sums with positions stay within 64 bits
 
 
 class _Options(NamedTuple):
@@ -78,13 +82,24 @@ def scaled_dot_product_attention(
     for name, tensor in tensors.items():
         if tensor.dim() < 2:
             raise ValueError(f"{name}: expected at least 2 dimensions, got shape {tuple(tensor.shape)}")
-    heads = [tensor.shape[-3] for tensor in (query, key) if tensor.dim() > 2]
-    if not enable_gqa and len(set(heads) - {1}) > 1:  # heads of size 1 broadcast, as in torch
-        raise ValueError(f"key: expected {heads[0]} heads (those of query) without enable_gqa, got {heads[1]}")
+    _check_heads_broadcast(tensors, enable_gqa)
     q, k, v, batch = _four_dims(query, key, value)
     mask = None if attn_mask is None else _mask_of_four_dims(attn_mask, batch, (q.shape[-2], k.shape[-2]))
-    output = attention(q, k, v, mask=mask, causal="upper_left" if is_causal else None, scale=scale, dropout_p=dropout_p)
+    causal = "upper_left" if is_causal else None
+    output = attention(q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, _names=_TORCHS_NAMES)
     return output.reshape(*batch, *output.shape[-2:])  # type: ignore[union-attr]
+
+
+def _check_heads_broadcast(tensors: dict[str, Tensor], enable_gqa: bool) -> None:
+    """Heads of size 1 broadcast, as in torch; with enable_gqa those of query are another matter."""
+    counts = {name: tensor.shape[-3] for name, tensor in tensors.items() if tensor.dim() > 2 and tensor.shape[-3] != 1}
+    if enable_gqa:
+        counts.pop("query", None)
+    for name, count in counts.items():
+        first, expected = next(iter(counts.items()))
+        if count != expected:
+            without = "" if enable_gqa else " without enable_gqa"
+            raise ValueError(f"{name}: expected {expected} heads (those of {first}){without}, got {count}")
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool) -> Tensor:
@@ -138,7 +153,7 @@ def _mask_of_four_dims(mask: Any, batch: Sequence[int], sizes: tuple[int, int]) 
     if mask.dim() <= 2 or not batch:
         return mask
     mask = mask.expand(*batch[:-1], mask.shape[-3], *mask.shape[-2:])
-    return mask.reshape(-1, *mask.shape[-3:])
+    return mask.reshape(math.prod(batch[:-1]), *mask.shape[-3:])
 
 
 def attention(
@@ -158,6 +173,7 @@ def attention(
     return_lse: bool = False,
     _seed: Tensor | None = None,
     _bias: Tensor | None = None,
+    _names: tuple[str, str, str, str] = _NAMES,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The product softmax(q k^T) v with all that models put into the scores; nothing of size Tq x Tk is stored.
 
@@ -199,14 +215,14 @@ def attention(
     """
     plain = _is_plain(q, k, v)  # the op then checks these itself: a call for a single token would feel it
     if not plain:
-        _check_dense(q, k, v)
+        _check_dense((q, k, v), _names)
     batch, q_heads, q_len, _ = q.shape
     keep = bias = None
     if mask is not None or _bias is not None:
         full = (batch, q_heads, q_len, k.shape[2])
-        keep, bias = _check_mask(mask, q, full)
+        keep, bias = _check_mask(mask, q, full, _names)
         if _bias is not None:  # a float mask besides a bool one: the kernels read both in place
-            bias = _check_mask(_bias, q, full)[1]
+            bias = _check_mask(_bias, q, full, _names)[1]
     if kv_lengths is not None:
         kv_lengths = _common.integers("kv_lengths", kv_lengths)
         _common.check_shape("kv_lengths", kv_lengths, (batch,), "(B,)")
@@ -220,7 +236,7 @@ def attention(
         return _attend(q, k, v, options, sinks, return_lse, plain)
     except (RuntimeError, ValueError):
         if plain:
-            _check_dense(q, k, v)  # says it by the argument's name
+            _check_dense((q, k, v), _names)  # says it by the argument's name
         raise
 
 
@@ -231,13 +247,13 @@ def _is_plain(q: Any, k: Any, v: Any) -> bool:
     return q.dim() == 4 and k.dim() == 4 and v.dim() == 4
 
 
-def _check_dense(q: Any, k: Any, v: Any) -> None:
-    _check_rank("q, k, v", (q, k, v), 4, "(B, H, T, D)")
-    _check_heads(q, k, v, head_dim=1)
+def _check_dense(tensors: tuple[Any, Any, Any], names: Sequence[str]) -> None:
+    _check_tensors(tensors, names, 4, "(B, H, T, D)")
+    q, k, v = tensors
     if q.shape[0] != k.shape[0]:
-        raise ValueError(f"k: expected batch {q.shape[0]} (that of q), got {k.shape[0]}")
+        raise ValueError(f"{names[1]}: expected batch {q.shape[0]} (that of {names[0]}), got {k.shape[0]}")
     if k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"v: expected shape (B, Hkv, Tk, Dv) = {(*k.shape[:3], 'Dv')}, got {tuple(v.shape)}")
+        raise ValueError(f"{names[2]}: expected shape (B, Hkv, Tk, Dv) = {(*k.shape[:3], 'Dv')}, got {tuple(v.shape)}")
 
 
 def attention_varlen(
@@ -286,8 +302,7 @@ def attention_varlen(
         ValueError: shapes, dtypes or devices disagree, cu_seqlens does not rise or goes beyond the rows.
         TypeError: an argument has the wrong type.
     """
-    _check_rank("q, k, v", (q, k, v), 3, "(total, H, D)")
-    _check_heads(q, k, v, head_dim=1)
+    _check_tensors((q, k, v), _NAMES, 3, "(total, H, D)")
     if k.shape[:2] != v.shape[:2]:
         raise ValueError(f"v: expected shape (total_k, Hkv, Dv) = {(*k.shape[:2], 'Dv')}, got {tuple(v.shape)}")
     q_starts = _common.integers("cu_seqlens_q", cu_seqlens_q)
@@ -342,37 +357,40 @@ def _draw_seed() -> Tensor:
     return torch.randint(2**63 - 1, (), dtype=torch.int64)
 
 
-def _check_rank(names: str, tensors: tuple[Any, ...], rank: int, layout: str) -> None:
-    for name, tensor in zip(names.split(", "), tensors, strict=True):
+def _check_tensors(tensors: tuple[Any, Any, Any], names: Sequence[str], rank: int, layout: str) -> None:
+    """What q, k and v, called `names`, have in common; heads are dimension 1."""
+    for name, tensor in zip(names, tensors, strict=False):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
         if tensor.dim() != rank:
             raise ValueError(f"{name}: expected {rank} dimensions {layout}, got shape {tuple(tensor.shape)}")
-
-
-def _check_heads(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> None:
-    _common.check_same({"q": q, "k": k, "v": v})
+    _common.check_same(dict(zip(names, tensors, strict=False)))
+    q, k, _ = tensors
     if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"k: expected D = {q.shape[-1]} (that of q), got {k.shape[-1]}")
-    q_heads, kv_heads = q.shape[head_dim], k.shape[head_dim]
+        raise ValueError(f"{names[1]}: expected D = {q.shape[-1]} (that of {names[0]}), got {k.shape[-1]}")
+    q_heads, kv_heads = q.shape[1], k.shape[1]
     if q_heads % kv_heads if kv_heads else q_heads:
-        raise ValueError(f"k: expected a number of heads that divides q's {q_heads}, got {kv_heads}")
+        raise ValueError(f"{names[1]}: expected a number of heads that divides {names[0]}'s {q_heads}, got {kv_heads}")
 
 
-def _check_mask(mask: Any, q: Tensor, full: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
+def _check_mask(
+    mask: Any, q: Tensor, full: tuple[int, ...], names: Sequence[str]
+) -> tuple[Tensor | None, Tensor | None]:
     """The mask as keep (bool) or bias (floating), with 4 dimensions."""
     if mask is None:
         return None, None
+    of, _, _, name = names
     if not isinstance(mask, Tensor):
-        raise TypeError(f"mask: expected a Tensor, got {type(mask).__name__}")
+        raise TypeError(f"{name}: expected a Tensor, got {type(mask).__name__}")
     if mask.dtype not in (torch.bool, q.dtype, torch.float32):
-        raise ValueError(f"mask: expected dtype torch.bool, {q.dtype} (that of q) or torch.float32, got {mask.dtype}")
+        allowed = f"torch.bool, {q.dtype} (that of {of}) or torch.float32"
+        raise ValueError(f"{name}: expected dtype {allowed}, got {mask.dtype}")
     if mask.device != q.device:
-        raise ValueError(f"mask: expected device {q.device} (that of q), got {mask.device}")
+        raise ValueError(f"{name}: expected device {q.device} (that of {of}), got {mask.device}")
     sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     if mask.dim() > 4 or any(size not in (1, whole) for size, whole in zip(sizes, full, strict=False)):
         raise ValueError(
-            f"mask: expected a shape that broadcasts to (B, Hq, Tq, Tk) = {tuple(full)}, got {tuple(mask.shape)}"
+            f"{name}: expected a shape that broadcasts to (B, Hq, Tq, Tk) = {tuple(full)}, got {tuple(mask.shape)}"
         )
     mask = mask.reshape(sizes) if mask.dim() < 4 else mask
     return (mask, None) if mask.dtype == torch.bool else (None, mask.to(q.dtype))
@@ -393,8 +411,11 @@ def _check_slopes(slopes: Any, q: Tensor, batch: int, heads: int) -> Tensor | No
             f"alibi_slopes: expected shape (Hq,) = ({heads},) or (B, Hq) = ({batch}, {heads}), "
             f"got {tuple(slopes.shape)}"
         )
+    if not slopes.is_floating_point():
+        raise ValueError(f"alibi_slopes: expected a floating-point dtype, got {slopes.dtype}")
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return slopes.to(q.device, dtype).reshape(-1, heads, 1, 1)
+    slopes = slopes.to(q.device, dtype)[..., None, None]
+    return slopes if slopes.dim() == 4 else slopes[None]
 
 
 def _check_sinks(sinks: Any, q: Tensor, heads: int) -> Tensor | None:
@@ -403,6 +424,10 @@ def _check_sinks(sinks: Any, q: Tensor, heads: int) -> Tensor | None:
     if not isinstance(sinks, Tensor):
         raise TypeError(f"sinks: expected a Tensor, got {type(sinks).__name__}")
     _common.check_shape("sinks", sinks, (heads,), "(Hq,)")
+    if not sinks.is_floating_point():
+        raise ValueError(f"sinks: expected a floating-point dtype, got {sinks.dtype}")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks: expected device {q.device} (that of q), got {sinks.device}")
     return sinks
 
 
@@ -419,18 +444,20 @@ def _numbers(
         raise ValueError(f"window: expected numbers of at least 0, or -1 for unlimited, got {tuple(window)}")
     if not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p: expected a number from 0 to 1, got {dropout_p!r}")
-    if softcap is not None and not softcap >= 0:
+    scale = _default_scale(q) if scale is None else _number("scale", scale)
+    softcap = 0.0 if softcap is None else _number("softcap", softcap)
+    if not softcap >= 0:
         raise ValueError(f"softcap: expected a number above 0, or None, got {softcap!r}")
     if causal is not None:
         right = 0 if right == _UNLIMITED else min(right, 0)
-    return (
-        _default_scale(q) if scale is None else float(scale),
-        float(softcap or 0),
-        float(dropout_p),
-        causal == "lower_right",
-        left,
-        right,
-    )
+    return scale, softcap, float(dropout_p), causal == "lower_right", min(left, _FAR), min(right, _FAR)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {value!r}") from None
 
 
 def _default_scale(q: Tensor) -> float:

@@ -7,29 +7,27 @@ A call is drawn from a generator seeded with its number: `python -m tests.fuzz -
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlm import _native
-from tests.numerics import (
-    Recurrent,
-    check_all,
-    forward_backward,
-    make_recurrent,
-    run_fastlm,
-    run_reference,
-    scaled_to_float64,
-)
+from tests.fuzz import attention, recurrent
+from tests.numerics import check_all, forward_backward, scaled_to_float64
 
-KINDS = ("gru", "lstm")
+# How to draw, spoil and run each.
+FAMILIES: dict[str, Any] = {
+    "gru": recurrent,
+    "lstm": recurrent,
+    "attention": attention,
+    "attention_varlen": attention,
+    "scaled_dot_product_attention": attention,
+}
+KINDS = ("gru", "lstm", *FAMILIES)
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16)
-# Sizes at which something changes: nothing, one, around vectors and tiles, beyond what is read in place.
-SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 15, 16, 17, 31, 33, 48, 65)
-BATCHES = (0, *SIZES)
-STEPS = (1, 1, 1, 2, 2, 3, 4, 5, 6, 9, 13, 20)
 
 
 @dataclass(frozen=True)
@@ -37,107 +35,39 @@ class Call:
     """One drawn call; `wrong` names what is wrong with it, None for a valid one."""
 
     number: int
-    case: Recurrent
+    kind: str
+    case: Any  # of the family's own type
     threads: int
     isa: str | None
     wrong: str | None
 
     def __str__(self) -> str:
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.case.tensors().items()}
-        sequences = {name: value.tolist() for name, value in self.case.sequences().items() if isinstance(value, Tensor)}
-        return (
-            f"call {self.number}: {self.case.kind}, {self.case.x.dtype}, reverse={self.case.reverse}, "
-            f"threads={self.threads}, isa={self.isa}, wrong={self.wrong}, {shapes}, {sequences}"
-        )
+        given = {field.name: getattr(self.case, field.name) for field in fields(self.case)}
+        shown = ", ".join(f"{name}={_shown(value)}" for name, value in given.items() if value is not None)
+        return f"call {self.number}: {self.kind}, threads={self.threads}, isa={self.isa}, wrong={self.wrong}, {shown}"
+
+
+def _shown(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    if value.dim() == 1 and not value.is_floating_point():
+        return repr(value.tolist())
+    return f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)}"
 
 
 def draw(number: int) -> Call:
     """The call of this number."""
     chance = random.Random(number)
     torch.manual_seed(number)
-    kind = chance.choice(KINDS)
-    seq_len, batch = chance.choice(STEPS), chance.choice(BATCHES)
-    case = make_recurrent(
-        kind, seq_len, batch, chance.choice(SIZES), chance.choice(SIZES), dtype=chance.choice(DTYPES),
-        bias=chance.choice(("both", "both", "ih", "hh", "none")), reverse=chance.random() < 0.5, seed=number,
-        state=chance.choice(("both", "both", "none", "h0", "c0")),
-    )  # fmt: skip
-    case = replace(_with_sequences(case, chance), all_states=kind == "lstm" and chance.random() < 0.3)
-    wrong = None
+    kind = KINDS[number % len(KINDS)]
+    family = FAMILIES[kind]
+    case, wrong = family.draw(kind, number, chance.choice(DTYPES), chance), None
     if chance.random() < 0.3:
-        wrong, case = _spoil(case, chance)
-    isas = [None] if _native.module is None else _native.module.cpu_isas()
-    return Call(
-        number, _laid_out(case, chance) if wrong is None else case, chance.choice((1, 1, 2)), chance.choice(isas), wrong
-    )
-
-
-def _with_sequences(case: Recurrent, chance: random.Random) -> Recurrent:
-    seq_len, batch, _ = case.x.shape
-    form = chance.choice(("whole", "whole", "lengths", "packed", "resets", "both"))
-    lengths = torch.tensor([chance.randint(0, seq_len) for _ in range(batch)], dtype=torch.int64)
-    if form == "packed" and batch:
-        lengths = lengths.clamp(min=1).sort(descending=True).values
-        inside = torch.arange(int(lengths[0]))[:, None] < lengths
-        return replace(case, x=case.x[: len(inside)][inside], batch_sizes=inside.sum(1))
-    if form in ("resets", "both"):
-        case = replace(case, reset_mask=torch.rand(seq_len, batch) < chance.random())
-    return replace(case, lengths=lengths) if form in ("lengths", "both") else case
-
-
-def _laid_out(case: Recurrent, chance: random.Random) -> Recurrent:
-    """The same values in another memory layout, now and then."""
-
-    def lay_out(name: str, tensor: Tensor) -> Tensor:
-        layout = chance.choice(("dense", "dense", "strided", "transposed", "offset"))
-        if layout == "strided":
-            return torch.stack((tensor, torch.full_like(tensor, float("nan"))), -1)[..., 0]
-        if layout == "transposed" and tensor.dim() > 1:
-            return tensor.mT.contiguous().mT
-        if layout == "offset":
-            return torch.cat((tensor.new_full((1,), float("nan")), tensor.flatten()))[1:].view(tensor.shape)
-        return tensor
-
-    return case.map(lay_out)
-
-
-def _spoil(case: Recurrent, chance: random.Random) -> tuple[str, Recurrent]:
-    """The case with one thing wrong, and what that is."""
-    names = list(case.tensors())
-    name = chance.choice(names)
-    tensor = case.tensors()[name]
-    ways: dict[str, Callable[[], Recurrent]] = {
-        f"{name} of another dtype": lambda: replace(
-            case, **{name: tensor.to(torch.float64 if tensor.dtype != torch.float64 else torch.float32)}
-        ),
-        f"{name} with one dimension more": lambda: replace(case, **{name: tensor.unsqueeze(0)}),
-        f"{name} of no dimensions": lambda: replace(case, **{name: tensor.new_zeros(())}),
-        f"{name} as a list": lambda: replace(case, **{name: tensor.tolist()}),
-        f"{name} of whole numbers": lambda: replace(case, **{name: tensor.long()}),
-    }
-    if len(names) > 1 and tensor.shape[-1] > 0:
-        ways[f"{name} one too wide"] = lambda: replace(case, **{name: torch.cat((tensor, tensor[..., :1]), -1)})
-    if case.batch_sizes is None:
-        seq_len, batch, _ = case.x.shape
-        ones = torch.ones(batch, dtype=torch.int64)
-        ways |= {
-            "lengths of the wrong count": lambda: replace(case, lengths=torch.ones(batch + 1, dtype=torch.int64)),
-            "lengths of float": lambda: replace(case, lengths=ones.float()),
-            "reset_mask of int": lambda: replace(case, reset_mask=torch.ones(seq_len, batch, dtype=torch.int64)),
-            "reset_mask one too long": lambda: replace(case, reset_mask=torch.ones(seq_len + 1, batch) > 0),
-            "no steps": lambda: replace(case, x=case.x[:0], lengths=None, reset_mask=None),
-        }
-        if batch:
-            bad = ones.clone()
-            bad[chance.randrange(batch)] = chance.choice((-1, seq_len + 1, 2**62, -(2**62)))
-            ways["a length out of range"] = lambda: replace(case, lengths=bad)
+        wrong, case = family.spoil(case, chance)
     else:
-        sizes = case.batch_sizes
-        bad_sizes = (sizes + 1, sizes[:0], torch.cat((sizes, sizes[:1])), sizes.float(), -sizes, sizes * 2**60)
-        for index, bad_size in enumerate(bad_sizes):
-            ways[f"batch_sizes {index}"] = lambda bad_size=bad_size: replace(case, batch_sizes=bad_size)
-    what = chance.choice(list(ways))
-    return what, ways[what]()
+        case = family.laid_out(case, chance)
+    isas = [None] if _native.module is None else _native.module.cpu_isas()
+    return Call(number, kind, case, chance.choice((1, 1, 2)), chance.choice(isas), wrong)
 
 
 def check(call: Call) -> str:
@@ -154,27 +84,32 @@ def check(call: Call) -> str:
 
 
 def _check_results(call: Call) -> None:
-    case = call.case
+    case, family = call.case, FAMILIES[call.kind]
     torch.set_num_threads(1)
-    truth = forward_backward(run_reference, case.to(torch.float64))
-    if case.x.dtype == torch.float64:
-        same = scaled_to_float64(forward_backward(run_reference, case.to(torch.float32)), truth)
+    truth = forward_backward(family.run_reference, case.to(torch.float64))
+    if next(iter(case.tensors().values())).dtype == torch.float64:
+        same = scaled_to_float64(forward_backward(family.run_reference, case.to(torch.float32)), truth)
     else:
-        same = forward_backward(run_reference, case)
+        same = forward_backward(family.run_reference, case)
     torch.set_num_threads(call.threads)
-    check_all(forward_backward(run_fastlm, case), same, truth, scale=4.0)  # of the largest of what is drawn
+    check_all(forward_backward(family.run_fastlm, case), same, truth, family.scale(case))
 
 
 def _check_error(call: Call) -> str:
     try:
-        run_fastlm(call.case)
+        FAMILIES[call.kind].run_fastlm(call.case)
     except (TypeError, ValueError) as error:
-        text = str(error)
-        assert re.search(": expected .*got", text), f"{call}\nno clear error: {text!r}"
-        return "invalid"
+        if _names_an_argument(str(error), call.case):
+            return "invalid"
+        raise AssertionError(f"{call}\nno clear error: {error}") from error
     except Exception as error:
         raise AssertionError(f"{call}\n{type(error).__name__} is no clear error: {error}") from error
     raise AssertionError(f"{call}\nno error at all")
+
+
+def _names_an_argument(text: str, case: Any) -> bool:
+    said = re.match(r"(?:fastlm: )?([\w, ]+): expected .*got", text, re.DOTALL)
+    return said is not None and {field.name for field in fields(case)}.issuperset(said[1].split(", "))
 
 
 def run(first: int, count: int) -> Iterator[Counter[str]]:

@@ -60,6 +60,8 @@ def wrong_arguments(op: str) -> list[tuple[dict[str, Any], type[Exception], str]
     ]
     if sequence:
         cases.append(({"x": f(0, 3, 5)}, ValueError, "T >= 1"))
+        cases.append(({"lengths": [1, 2**70, 1]}, ValueError, "lengths: expected .*got"))
+        cases.append(({"batch_sizes": [1, 2**70], "x": f(3, 5)}, ValueError, "batch_sizes: expected .*got"))
     if op.startswith("lstm"):
         cases += [
             ({"c0": f(3, 5)}, ValueError, r"c0: expected shape .*got \(3, 5\)"),

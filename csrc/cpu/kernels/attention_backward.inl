@@ -106,16 +106,8 @@ class AttentionBackward {
   static int64_t places(const AttentionBackwardParams<S>& p) {
     return p.q_starts ? p.q_heads * p.lse.head : p.batch * p.lse.batch;
   }
-  int64_t lse_place(int64_t head, int64_t query) const {
-    return b_ * p_.lse.batch + head * p_.lse.head + sequence_.q_begin + query;
-  }
-  S* grad_q_row(int64_t head, int64_t query) const {
-    return p_.grad_q.data + b_ * p_.grad_q.batch + head * p_.grad_q.head + (sequence_.q_begin + query) * p_.grad_q.time;
-  }
-  template <class P>
-  P* rows_of(const Heads<P>& tensor, int64_t head, int64_t row) const {
-    return tensor.data + b_ * tensor.batch + head * tensor.head + row * tensor.time;
-  }
+  int64_t lse_place(int64_t head, int64_t query) const { return p_.lse.place(b_, head, sequence_.q_begin + query); }
+  S* grad_q_row(int64_t head, int64_t query) const { return p_.grad_q.row(b_, head, sequence_.q_begin + query); }
 
   void kv_head() {
     const int64_t keys = end_ - begin_;
@@ -124,8 +116,8 @@ class AttentionBackward {
     for (int64_t g = 0; g < group_; ++g) q_head(kv_head_ * group_ + g);
     for (int64_t n = 0; n < keys; ++n) {
       const int64_t row = sequence_.k_begin + begin_ + n;
-      write_row(buffers_.grad_k + n * q_stride_, p_.dim, p_.scale, rows_of(p_.grad_k, kv_head_, row));
-      write_row(buffers_.grad_v + n * v_stride_, p_.v_dim, T(1), rows_of(p_.grad_v, kv_head_, row));
+      write_row(buffers_.grad_k + n * q_stride_, p_.dim, p_.scale, p_.grad_k.row(b_, kv_head_, row));
+      write_row(buffers_.grad_v + n * v_stride_, p_.v_dim, T(1), p_.grad_v.row(b_, kv_head_, row));
     }
   }
 
@@ -151,8 +143,8 @@ class AttentionBackward {
 
   void load_queries() {
     const int64_t n = sequence_.q_len;
-    const S* q = rows_of(p_.q, head_, sequence_.q_begin);
-    const S* grad = rows_of(p_.grad_output, head_, sequence_.q_begin);
+    const S* q = p_.q.row(b_, head_, sequence_.q_begin);
+    const S* grad = p_.grad_output.row(b_, head_, sequence_.q_begin);
     copy_rows(q, p_.q.time, n, p_.dim, buffers_.queries, q_rows_stride_);
     copy_rows(grad, p_.grad_output.time, n, p_.v_dim, buffers_.grads, v_rows_stride_);
     for (int64_t i = 0; kPairs<E> && i < blocks(n); ++i) {
@@ -164,13 +156,13 @@ class AttentionBackward {
                  buffers_.grad_panels + place * v_stride_, v_stride_);
     }
     std::fill_n(buffers_.grad_q, n * q_stride_, T(0));
-    const S* output = rows_of(p_.output, head_, sequence_.q_begin);
+    const S* output = p_.output.row(b_, head_, sequence_.q_begin);
     for (int64_t i = 0; i < n; ++i, output += p_.output.time, grad += p_.grad_output.time) {
       V sum = V::zero();
       for (int64_t d = 0; d < p_.v_dim; d += V::kLanes)
         sum = fma(load_as<V>(output + d, p_.v_dim - d), load_as<V>(grad + d, p_.v_dim - d), sum);
       buffers_.delta[i] = total(sum);
-      if (p_.grad_lse.data) buffers_.delta[i] -= rows_of(p_.grad_lse, head_, sequence_.q_begin)[i * p_.grad_lse.time];
+      if (p_.grad_lse.data) buffers_.delta[i] -= *p_.grad_lse.row(b_, head_, sequence_.q_begin + i);
     }
   }
 
@@ -211,9 +203,9 @@ class AttentionBackward {
   }
 
   void pack(int64_t first, int64_t last) {
-    const S* k = rows_of(p_.k, kv_head_, sequence_.k_begin + first);
+    const S* k = p_.k.row(b_, kv_head_, sequence_.k_begin + first);
     pack_keys(k, p_.k.time, 0, last - first, p_.dim, buffers_.key_panels);
-    pack_keys(rows_of(p_.v, kv_head_, sequence_.k_begin + first), p_.v.time, 0, last - first, p_.v_dim,
+    pack_keys(p_.v.row(b_, kv_head_, sequence_.k_begin + first), p_.v.time, 0, last - first, p_.v_dim,
               buffers_.value_panels);
     pack_panel(k, p_.k.time, last - first, p_.dim, buffers_.key_rows, q_stride_);
   }

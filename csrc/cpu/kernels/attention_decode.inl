@@ -66,11 +66,8 @@ class AttentionDecode {
     sums_ = buffers_.sums + i * plan_.most_rows * v_stride_;
     softmax_ = buffers_.softmax + i * plan_.most_rows;
     const int64_t rows = group_ * sequence_.q_len;
-    for (int64_t r = 0; r < rows; ++r) {
-      const S* from =
-          p_.q.data + item_.b * p_.q.batch + head(r) * p_.q.head + (sequence_.q_begin + query(r)) * p_.q.time;
-      copy_rows(from, 0, 1, p_.dim, queries_ + r * q_stride_, q_stride_);
-    }
+    for (int64_t r = 0; r < rows; ++r)
+      copy_rows(p_.q.row(item_.b, head(r), place(r)), 0, 1, p_.dim, queries_ + r * q_stride_, q_stride_);
     std::fill_n(sums_, rows * v_stride_, T(0));
     std::fill_n(softmax_, rows, Softmax<T>::start());
     for (int64_t first = item_.begin; first < item_.end; first += kBlockKeys)
@@ -91,9 +88,8 @@ class AttentionDecode {
  private:
   int64_t head(int64_t row) const { return item_.kv_head * group_ + row / sequence_.q_len; }
   int64_t query(int64_t row) const { return row % sequence_.q_len; }
-  int64_t lse_place(int64_t row) const {
-    return item_.b * p_.lse.batch + head(row) * p_.lse.head + sequence_.q_begin + query(row);
-  }
+  int64_t place(int64_t row) const { return sequence_.q_begin + query(row); }
+  int64_t lse_place(int64_t row) const { return p_.lse.place(item_.b, head(row), place(row)); }
 
   void block(int64_t first, int64_t last) {
     const int64_t rows = group_ * sequence_.q_len;
@@ -104,8 +100,8 @@ class AttentionDecode {
     }
     if (keys.empty()) return;
     const int64_t n = keys.end - keys.begin, row = sequence_.k_begin + keys.begin;
-    const S* k = p_.k.data + item_.b * p_.k.batch + item_.kv_head * p_.k.head + row * p_.k.time;
-    const S* v = p_.v.data + item_.b * p_.v.batch + item_.kv_head * p_.v.head + row * p_.v.time;
+    const S* k = p_.k.row(item_.b, item_.kv_head, row);
+    const S* v = p_.v.row(item_.b, item_.kv_head, row);
     // Memory is what this waits for: keys and values of the next block are called for meanwhile, in between.
     const S* next = v + kBlockKeys * p_.v.time;
     for (int64_t i = 0; i < n; i += kTogether) {
@@ -181,8 +177,7 @@ class AttentionDecode {
       for (int64_t d = 0; d < p_.v_dim; d += V::kLanes)
         fma(V::load(into + d), V::broadcast(mine), V::load(sums(i) + d) * V::broadcast(theirs)).store(into + d);
     }
-    S* to = p_.output.data + item_.b * p_.output.batch + head(r) * p_.output.head +
-            (sequence_.q_begin + query(r)) * p_.output.time;
+    S* to = p_.output.row(item_.b, head(r), place(r));
     p_.lse.data[lse_place(r)] = AttentionForward<S>::write_attended(whole, into, p_.v_dim, to);
   }
 

@@ -70,8 +70,8 @@ class AttentionForward {
 
   void start() {
     for (int64_t g = 0; g < group_; ++g)
-      copy_rows(p_.q.data + item_.b * p_.q.batch + head(g) * p_.q.head + (sequence_.q_begin + item_.begin) * p_.q.time,
-                p_.q.time, queries_, p_.dim, buffers_.queries + g * queries_ * q_stride_, q_stride_);
+      copy_rows(p_.q.row(item_.b, head(g), sequence_.q_begin + item_.begin), p_.q.time, queries_, p_.dim,
+                buffers_.queries + g * queries_ * q_stride_, q_stride_);
     std::fill_n(buffers_.sums, group_ * queries_ * v_stride_, T(0));
     std::fill_n(buffers_.softmax, group_ * queries_, Softmax<T>::start());
   }
@@ -105,10 +105,9 @@ class AttentionForward {
 
   void pack(int64_t first, Keys keys) {
     const int64_t begin = lanes_down<T>(keys.begin), row = sequence_.k_begin + first;
-    pack_keys(p_.k.data + item_.b * p_.k.batch + item_.kv_head * p_.k.head + row * p_.k.time, p_.k.time, keys.begin,
-              keys.end, p_.dim, buffers_.key_panels);
-    pack_panel(p_.v.data + item_.b * p_.v.batch + item_.kv_head * p_.v.head + (row + begin) * p_.v.time, p_.v.time,
-               keys.end - begin, p_.v_dim, buffers_.values + begin * v_stride_, v_stride_);
+    pack_keys(p_.k.row(item_.b, item_.kv_head, row), p_.k.time, keys.begin, keys.end, p_.dim, buffers_.key_panels);
+    pack_panel(p_.v.row(item_.b, item_.kv_head, row + begin), p_.v.time, keys.end - begin, p_.v_dim,
+               buffers_.values + begin * v_stride_, v_stride_);
   }
 
   // One tile of queries of head g with `keys` of the chunk from `first` on.
@@ -158,13 +157,12 @@ class AttentionForward {
   }
 
   int64_t lse_place(int64_t query, int64_t g) const {
-    return item_.b * p_.lse.batch + head(g) * p_.lse.head + sequence_.q_begin + query;
+    return p_.lse.place(item_.b, head(g), sequence_.q_begin + query);
   }
 
   void finish() {
     for (int64_t g = 0; g < group_; ++g) {
-      S* to = p_.output.data + item_.b * p_.output.batch + head(g) * p_.output.head +
-              (sequence_.q_begin + item_.begin) * p_.output.time;
+      S* to = p_.output.row(item_.b, head(g), sequence_.q_begin + item_.begin);
       for (int64_t i = 0; i < queries_; ++i, to += p_.output.time) {
         const int64_t place = g * queries_ + i;
         const T lse = write_attended(buffers_.softmax[place], buffers_.sums + place * v_stride_, p_.v_dim, to);

@@ -50,7 +50,7 @@ inline void copy_rows(const BFloat16* from, int64_t from_stride, int64_t rows, i
                       int64_t to_stride) {
   for (int64_t r = 0; r < rows; ++r, from += from_stride, to += to_stride) {
     std::copy_n(from, width, to);
-    to[even_up(width) - 1] = width % 2 ? BFloat16{} : to[width - 1];
+    if (width % 2) to[width] = BFloat16{};
   }
 }
 
