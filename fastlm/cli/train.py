@@ -23,11 +23,8 @@ def train_lm(ctx: typer.Context, resume: bool, overwrite: bool, debug: bool, **v
 
     With --data alone: a GRU on characters. A run that was stopped goes on with --resume and --output.
     """
-    given = {
-        name: value
-        for name, value in values.items()
-        if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    }
+    sources = {name: ctx.get_parameter_source(name) for name in values}
+    given = {name: values[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
     options = _resumed(values["output"], given) if resume else TrainingOptions(**values)
     if options.data is None:
         raise typer.BadParameter(f"expected a text file, in --data or {DATA_VARIABLE}", param_hint="'--data'")

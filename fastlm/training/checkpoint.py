@@ -123,7 +123,7 @@ def generate(
     tokens = tokenizer(prompt or "\n")["input_ids"]
     if not tokens:
         raise ValueError(f"prompt: expected text that the vocabulary knows, got {prompt!r}")
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if do_sample else {}
+    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if do_sample else {}
     if isinstance(model, RNNForCausalLM):
         with _impossible(model.lm_head.bias, tokenizer.unk_token_id):
             for token in model.stream_tokens(tokens, max_new_tokens, do_sample, **sampling):

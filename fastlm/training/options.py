@@ -114,12 +114,12 @@ class TrainingOptions:
 
     def save(self, folder: Path) -> None:
         """Writes them to a folder, as JSON."""
-        values = {name: str(it) if isinstance(it, Path) else it for name, it in dataclasses.asdict(self).items()}
+        values = {**dataclasses.asdict(self), "data": str(self.data.absolute()), "output": str(folder)}
         (folder / FILE_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "TrainingOptions":
-        """Reads what `save` wrote to a folder.
+        """Reads what `save` wrote to a folder, which becomes `output`.
 
         Raises:
             ValueError: it holds no run, or a damaged file.
@@ -127,7 +127,7 @@ class TrainingOptions:
         path = folder / FILE_NAME
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{**values, "data": Path(values["data"]), "output": Path(values["output"])})
+            return cls(**{**values, "data": Path(values["data"]), "output": folder})
         except FileNotFoundError:
             raise ValueError(f"{folder}: expected the folder of a training run, found no {FILE_NAME}") from None
         except (ValueError, TypeError, KeyError) as error:

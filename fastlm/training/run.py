@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -89,8 +90,11 @@ def train(
     model = make_model(options, len(corpus.tokenizer))
     _prepare_folder(output, options, corpus.tokenizer, overwrite and not resume)
     trainer, interrupt = make_trainer(options, output, model, corpus, callbacks)
+    checkpoint = last_checkpoint(output) if resume else None
+    if checkpoint is not None:
+        _check_unfinished(trainer, checkpoint)
     with interrupt.installed():
-        trainer.train(resume_from_checkpoint=last_checkpoint(output) if resume else None)
+        trainer.train(resume_from_checkpoint=checkpoint)
     _finish(trainer, output, interrupt.stopped)
     return Result(
         output,
@@ -158,10 +162,10 @@ def make_model(options: TrainingOptions, vocab_size: int) -> PreTrainedModel:
         RNNConfig(
             vocab_size=vocab_size,
             embedding_size=options.embedding_size,
-            hidden_size=options.hidden_size,  # type: ignore[arg-type]
-            num_layers=options.layers,  # type: ignore[arg-type]
+            hidden_size=options.hidden_size,
+            num_layers=options.layers,
             cell=options.model,
-            dropout=options.dropout,  # type: ignore[arg-type]
+            dropout=options.dropout,
             tie_word_embeddings=options.tie,
         )
     )
@@ -271,6 +275,14 @@ def last_checkpoint(output: Path) -> str | None:
         else:
             complete.append(folder)
     return str(max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]))) if complete else None
+
+
+def _check_unfinished(trainer: LanguageModelTrainer, checkpoint: str) -> None:
+    """The Trainer would do one more step."""
+    total = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    done = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step
+    if done >= total:
+        raise ValueError(f"{trainer.args.output_dir}: all {total} steps are done; give more with --steps or --epochs")
 
 
 def _finish(trainer: LanguageModelTrainer, output: Path, interrupted: bool) -> None:

@@ -97,6 +97,11 @@ class LanguageModelTrainer(Trainer):
             tensors = {name: it.contiguous() for name, it in state.items() if it is not None}
             save_file(tensors, Path(output_dir, STATE_FILE))
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and isinstance(self.model, RNNForCausalLM):
+            self.carried = load_state(Path(checkpoint, STATE_FILE))
+
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         position = super()._init_training_state(*args, **kwargs)
         if self.state.best_global_step:  # the run's folder may have moved
