@@ -31,9 +31,14 @@ class ProgressCallback(TrainerCallback):
         self._seconds = self._begun = 0.0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Learns how long the run is."""
+        """Says what is trained on what; learns how long the run is."""
+        model, batches = kwargs["model"], kwargs["train_dataloader"]
+        self._console.print(
+            f"{model.num_parameters():,} parameters, vocabulary of {model.config.vocab_size:,}, "
+            f"{len(batches.dataset.tokens):,} tokens: {state.max_steps:,} steps from {state.global_step:,}"
+        )
         sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        self._tokens_per_step = sequences * kwargs["train_dataloader"].dataset.seq_len
+        self._tokens_per_step = sequences * batches.dataset.seq_len
         self._first_step = state.global_step
         if self._bar is not None:
             self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, text="")

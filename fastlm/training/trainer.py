@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 from torch.utils.data import RandomSampler, Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
+from fastlm.ops import linear_cross_entropy
 from fastlm.models import RNNCache, RNNForCausalLM
 from fastlm.training.data import IGNORED, Batch, BlockDataset
 
@@ -23,7 +23,7 @@ STATE_FILE = "carried_state.safetensors"
 
 
 def next_token_loss(
-    model: nn.Module, batch: Batch, state: RNNCache | None, label_smoothing: float = 0.0
+    model: PreTrainedModel, batch: Batch, state: RNNCache | None, label_smoothing: float = 0.0
 ) -> tuple[Tensor, RNNCache | None]:
     """Mean cross-entropy (nats) of a batch's targets, and the state to go on from, detached; None in a transformer."""
     inputs, targets = batch["input_ids"], batch["shift_labels"]
@@ -38,12 +38,14 @@ def next_token_loss(
             label_smoothing=label_smoothing,
         )
         return output.loss, output.past_key_values.detach()
-    logits = model(inputs, use_cache=False).logits.flatten(0, 1).float()
-    return cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing), None
+    hidden = model.base_model(inputs, use_cache=False).last_hidden_state
+    head = model.get_output_embeddings()
+    loss = linear_cross_entropy(hidden, head.weight, targets, head.bias, IGNORED, label_smoothing=label_smoothing)
+    return loss, None
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, int]:
+def mean_loss(model: PreTrainedModel, batches: Iterable[Batch]) -> tuple[float, int]:
     """Cross-entropy (nats) of each target in the batches of a stream, on average, and how many there are."""
     model.eval()
     total, count, state = 0.0, 0, None
@@ -68,14 +70,19 @@ class LanguageModelTrainer(Trainer):
         # The loss is a mean; counting targets for another one would take time in every step.
         self.model_accepts_loss_kwargs = False
 
-    def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
+    def autocast_smart_context_manager(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[Any]:
+        """Around the whole loss; accelerate's is around a model's forward, and no output layer of a transformer."""
+        return self.accelerator.autocast()
+
+    def compute_loss(self, model: PreTrainedModel, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of a training batch; moves the carried state on."""
         loss, self.carried = next_token_loss(model, inputs, self.carried, self.label_smoothing)
         return loss
 
     def evaluation_loop(self, dataloader: Iterable[Batch], *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Replaces a loop that weighs all batches alike and knows no state."""
-        loss, count = mean_loss(self.model, dataloader)
+        with self.compute_loss_context_manager():
+            loss, count = mean_loss(self.model, dataloader)
         return EvalLoopOutput(None, None, {f"{kwargs.get('metric_key_prefix', 'eval')}_loss": loss}, count)
 
     def floating_point_ops(self, inputs: Batch) -> int:

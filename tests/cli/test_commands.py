@@ -38,7 +38,9 @@ def test_train_evaluate_generate(model, vocabulary, text_file, tmp_path, capsys)
     assert train(text_file, output, *options) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith(f"{output}: after 8 steps, validation loss ")
-    assert [line.split(":")[0] for line in captured.err.splitlines()] == ["step 4/8", "step 8/8"]
+    begin, *lines = captured.err.splitlines()
+    assert begin.endswith("tokens: 8 steps from 0")
+    assert [line.split(":")[0] for line in lines] == ["step 4/8", "step 8/8"]
 
     found = shown(capsys, "evaluate", output, "--data", text_file)
     loss, bits = (float(re.search(pattern, captured.out)[1]) for pattern in (r"loss ([\d.]+)", r"([\d.]+) bits"))
