@@ -133,4 +133,27 @@ struct AttentionBackwardParams : AttentionParams<S> {
   AttentionMask<T> grad_bias;  // or null: not needed; zeros beforehand, summed over what the bias broadcasts along
 };
 
+// The output layer of a language model with its loss: logits = hidden weight^T + bias, never held as a whole. Forward
+// (losses given) makes losses and statistics, and the gradients that are not null; backward (losses null) makes these
+// from the statistics.
+template <class S>
+struct CrossEntropyParams {
+  using T = Compute<S>;
+  int64_t rows, vocab, dim;
+  const S* hidden;        // (R, D)
+  const S* weight;        // (V, D)
+  const S* bias;          // (V) or null
+  const int64_t* target;  // (R), 0 to V - 1 in the live rows
+  const int64_t* live;    // (live_rows): the rows that count, rising; the others' losses and gradients are 0
+  int64_t live_rows;
+  T smoothing;           // of labels, 0 to 1
+  const T* row_weights;  // (R): what arrives at each loss; or null: row_weight at all
+  T row_weight;
+  T* losses;       // (R) or null
+  T* statistics;   // (2, R): a row's greatest logit, and the sum of exp(logit - greatest)
+  S* grad_hidden;  // (R, D) or null, so what follows
+  S* grad_weight;  // (V, D)
+  S* grad_bias;    // (V)
+};
+
 }  // namespace fastlm

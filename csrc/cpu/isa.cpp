@@ -6,21 +6,26 @@
 
 namespace fastlm::cpu {
 
-#define FASTLM_DECLARE_ISA(isa)                                                                                \
-  namespace isa {                                                                                              \
-  extern const GemmKernels<float> kGemmFloat;                                                                  \
-  extern const GemmKernels<double> kGemmDouble;                                                                \
-  extern const RecurrentKernels<float> kGruFloat, kLstmFloat;                                                  \
-  extern const RecurrentKernels<double> kGruDouble, kLstmDouble;                                               \
-  extern const RecurrentKernels<BFloat16> kGruBFloat16, kLstmBFloat16;                                         \
-  extern const AttentionKernels<float> kAttentionFloat;                                                        \
-  extern const AttentionKernels<double> kAttentionDouble;                                                      \
-  extern const AttentionKernels<BFloat16> kAttentionBFloat16;                                                  \
-  extern const MathKernels<float> kMathFloat;                                                                  \
-  extern const MathKernels<double> kMathDouble;                                                                \
-  constexpr Kernels<float> kFloat{&kGemmFloat, &kGruFloat, &kLstmFloat, &kAttentionFloat, &kMathFloat};        \
-  constexpr Kernels<double> kDouble{&kGemmDouble, &kGruDouble, &kLstmDouble, &kAttentionDouble, &kMathDouble}; \
-  constexpr Kernels<BFloat16> kBFloat16{&kGruBFloat16, &kLstmBFloat16, &kAttentionBFloat16};                   \
+#define FASTLM_DECLARE_ISA(isa)                                                                                      \
+  namespace isa {                                                                                                    \
+  extern const GemmKernels<float> kGemmFloat;                                                                        \
+  extern const GemmKernels<double> kGemmDouble;                                                                      \
+  extern const RecurrentKernels<float> kGruFloat, kLstmFloat;                                                        \
+  extern const RecurrentKernels<double> kGruDouble, kLstmDouble;                                                     \
+  extern const RecurrentKernels<BFloat16> kGruBFloat16, kLstmBFloat16;                                               \
+  extern const AttentionKernels<float> kAttentionFloat;                                                              \
+  extern const AttentionKernels<double> kAttentionDouble;                                                            \
+  extern const AttentionKernels<BFloat16> kAttentionBFloat16;                                                        \
+  extern const CrossEntropyKernels<float> kCrossEntropyFloat;                                                        \
+  extern const CrossEntropyKernels<double> kCrossEntropyDouble;                                                      \
+  extern const CrossEntropyKernels<BFloat16> kCrossEntropyBFloat16;                                                  \
+  extern const MathKernels<float> kMathFloat;                                                                        \
+  extern const MathKernels<double> kMathDouble;                                                                      \
+  constexpr Kernels<float> kFloat{&kGemmFloat,      &kGruFloat,          &kLstmFloat,                                \
+                                  &kAttentionFloat, &kCrossEntropyFloat, &kMathFloat};                               \
+  constexpr Kernels<double> kDouble{&kGemmDouble,      &kGruDouble,          &kLstmDouble,                           \
+                                    &kAttentionDouble, &kCrossEntropyDouble, &kMathDouble};                          \
+  constexpr Kernels<BFloat16> kBFloat16{&kGruBFloat16, &kLstmBFloat16, &kAttentionBFloat16, &kCrossEntropyBFloat16}; \
   }
 FASTLM_DECLARE_ISA(scalar)
 #if defined(__x86_64__)
@@ -28,7 +33,8 @@ FASTLM_DECLARE_ISA(avx2)
 FASTLM_DECLARE_ISA(avx512)
 namespace avx512_bf16 {
 extern const AttentionKernels<BFloat16> kAttentionBFloat16;
-constexpr Kernels<BFloat16> kBFloat16{&avx512::kGruBFloat16, &avx512::kLstmBFloat16, &kAttentionBFloat16};
+constexpr Kernels<BFloat16> kBFloat16{&avx512::kGruBFloat16, &avx512::kLstmBFloat16, &kAttentionBFloat16,
+                                      &avx512::kCrossEntropyBFloat16};
 }  // namespace avx512_bf16
 #endif
 #ifdef FASTLM_WIDE_ISA

@@ -6,6 +6,7 @@
 
 #include "core/params.h"
 #include "cpu/attention.h"
+#include "cpu/cross_entropy.h"
 #include "cpu/recurrent.h"
 #include "cpu/stream.h"
 #include "cpu/team.h"
@@ -32,6 +33,11 @@ struct AttentionKernels {
   void (*backward)(const AttentionBackwardParams<S>&, const AttentionPlan&, ParallelFor);
 };
 
+template <class S>
+struct CrossEntropyKernels {
+  void (*run)(const CrossEntropyParams<S>&, const CrossEntropyPlan&, ParallelFor);
+};
+
 // For accuracy sweeps: y[i] = f(x[i]).
 template <class T>
 struct MathKernels {
@@ -46,12 +52,14 @@ struct Kernels {
   const GemmKernels<T>* gemm;
   const RecurrentKernels<T>*gru, *lstm;
   const AttentionKernels<T>* attention;
+  const CrossEntropyKernels<T>* cross_entropy;
   const MathKernels<T>* math;
 };
 template <>
 struct Kernels<BFloat16> {
   const RecurrentKernels<BFloat16>*gru, *lstm;
   const AttentionKernels<BFloat16>* attention;
+  const CrossEntropyKernels<BFloat16>* cross_entropy;
 };
 
 // The table of the current ISA.

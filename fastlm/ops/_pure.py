@@ -357,37 +357,101 @@ def _attention_grads(
     return grad_products @ k, grad_k, grad_v, grad_scores
 
 
+def linear_cross_entropy_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+    *needed: bool,
+) -> tuple[Tensor, ...]:
+    """As the kernel's; `statistics` are those of rows that do not count as well."""
+    live = target != ignore_index
+    bad = live & ((target < 0) | (target >= weight.shape[0]))
+    if bad.any():
+        raise ValueError(
+            f"fastlm: target: expected class indices from 0 to {weight.shape[0] - 1}, or ignore_index = "
+            f"{ignore_index}, got {int(target[bad][0])} at {int(bad.nonzero()[0])}"
+        )
+    logits = linear(hidden, weight, bias)
+    greatest = logits.amax(1)
+    above = logits - greatest[:, None]
+    sums = above.exp().sum(1)
+    chosen = above.gather(1, target.where(live, 0)[:, None])[:, 0]
+    losses = sums.log() - (1 - label_smoothing) * chosen
+    if label_smoothing:
+        losses = losses - label_smoothing * above.mean(1)
+    losses = losses.masked_fill(~live, 0)
+    loss = losses if reduction == 0 else losses.sum() / (live.sum() if reduction == 1 else 1)
+    statistics = torch.stack([greatest, sums])
+    if not any(needed):
+        return loss, statistics, *(hidden.new_empty(0) for _ in needed)
+    arriving = torch.ones_like(losses) / (live.sum() if reduction == 1 else 1)
+    grads = linear_cross_entropy_backward(
+        arriving, hidden, weight, bias, target, statistics, ignore_index, label_smoothing, *needed
+    )
+    return loss, statistics, *grads
+
+
+def linear_cross_entropy_backward(
+    grad_losses: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    statistics: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    *needed: bool,
+) -> tuple[Tensor, ...]:
+    """As the kernel's."""
+    live = target != ignore_index
+    hidden, statistics = hidden[live], statistics[:, live]
+    softmax = (linear(hidden, weight, bias) - statistics[0, :, None]).exp() / statistics[1, :, None]
+    grads = softmax - label_smoothing / weight.shape[0]
+    grads[torch.arange(len(grads)), target[live]] -= 1 - label_smoothing
+    grads = grads * grad_losses[live][:, None]
+    grad_hidden = torch.zeros(*target.shape, weight.shape[1], dtype=hidden.dtype)
+    grad_hidden[live] = grads @ weight
+    made = (grad_hidden, grads.mT @ hidden, grads.sum(0))
+    return tuple(grad if need else hidden.new_empty(0) for grad, need in zip(made, needed, strict=True))
+
+
 def _implementation(
-    function: Callable[..., tuple[Tensor, ...]], keeps_last: Callable[[Tensor], bool]
+    function: Callable[..., tuple[Tensor, ...]], keeps: Callable[[int, Tensor], bool]
 ) -> Callable[..., Any]:
-    """bfloat16 is computed in float32, which the last result stays in where keeps_last says so: lse, a kept reserve.
+    """bfloat16 is computed in float32, which result i stays in where keeps(i, result) says so: lse, a kept reserve.
 
     Without autocast: the casts are made before the op; one around the call would make more of them in here.
     """
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        narrow = next(arg for arg in args if isinstance(arg, Tensor)).dtype == torch.bfloat16
+        narrow = any(isinstance(arg, Tensor) and arg.dtype == torch.bfloat16 for arg in args)
         with torch.autocast("cpu", enabled=False):
             if not narrow:
                 return function(*args)
             wide = (a.float() if isinstance(a, Tensor) and a.dtype == torch.bfloat16 else a for a in args)
-            *results, last = function(*wide)
-        return (*(r.bfloat16() for r in results), last if keeps_last(last) else last.bfloat16())
+            results = function(*wide)
+        return tuple(result if keeps(i, result) else result.bfloat16() for i, result in enumerate(results))
 
     return run
 
 
 def register() -> None:
     """Makes these functions the CPU implementation of the ops."""
-    rules: dict[Callable[..., Any], Callable[[Tensor], bool]] = {
-        gru_forward: lambda reserve: reserve.numel() > 0,
-        lstm_forward: lambda reserve: reserve.numel() > 0,
-        gru_backward: lambda grad_bias: False,
-        lstm_backward: lambda grad_bias: False,
-        attention_forward: lambda lse: True,
-        attention_backward: lambda grad_bias: True,
+    rules: dict[Callable[..., Any], Callable[[int, Tensor], bool]] = {
+        gru_forward: lambda i, result: i == 2 and result.numel() > 0,
+        lstm_forward: lambda i, result: i == 4 and result.numel() > 0,
+        gru_backward: lambda i, result: False,
+        lstm_backward: lambda i, result: False,
+        attention_forward: lambda i, result: i == 1,
+        attention_backward: lambda i, result: i == 3,
+        linear_cross_entropy_forward: lambda i, result: i < 2,
+        linear_cross_entropy_backward: lambda i, result: False,
     }
-    for function, keeps_last in rules.items():
-        _schema.LIBRARY.impl(function.__name__, _implementation(function, keeps_last), "CPU")
+    for function, keeps in rules.items():
+        _schema.LIBRARY.impl(function.__name__, _implementation(function, keeps), "CPU")
     _schema.LIBRARY.impl("gemm", reference.gemm, "CPU")

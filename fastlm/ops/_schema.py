@@ -16,6 +16,11 @@ _ATTENTION = (
     "Tensor? keep, Tensor? bias, Tensor? slopes, Tensor? kv_lengths, Tensor? q_starts, Tensor? k_starts, Tensor? seed,"
     " float scale, float softcap, float dropout, bool lower_right, int left, int right"
 )
+# hidden (R, D), weight (V, D), bias (V,), target (R,) int64. reduction: 0 none, 1 mean, 2 sum. statistics (2, R) is
+# what backward makes the logits' softmax from; gradients that forward was asked for are those of a loss's own gradient
+# of 1, the rest are empty tensors.
+_CROSS_ENTROPY = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
+_NEEDED = "bool need_hidden, bool need_weight, bool need_bias"
 SCHEMAS = (
     f"gru_forward(Tensor x, Tensor? h0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, {_SEQUENCES},"
     " bool reverse, bool save) -> (Tensor output, Tensor h_n, Tensor reserve)",
@@ -32,6 +37,10 @@ SCHEMAS = (
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_ATTENTION}) -> (Tensor output, Tensor lse)",
     "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor output, Tensor lse,"
     f" {_ATTENTION}, bool need_bias) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias)",
+    f"linear_cross_entropy_forward({_CROSS_ENTROPY}, int ignore_index, float label_smoothing, int reduction, {_NEEDED})"
+    " -> (Tensor loss, Tensor statistics, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    f"linear_cross_entropy_backward(Tensor grad_losses, {_CROSS_ENTROPY}, Tensor statistics, int ignore_index,"
+    f" float label_smoothing, {_NEEDED}) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     "gemm(Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> Tensor",
 )
 

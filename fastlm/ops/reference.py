@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import cross_entropy, linear
 
 States = tuple[Tensor, ...]  # h, and c of an LSTM
 
@@ -388,3 +388,20 @@ def dropout_factors(seed: Tensor, dropout: float, shape: Sequence[int], k_len: i
     x = x ^ x >> 16
     threshold = min(int(dropout * 4294967296.0), low_bits)
     return (x >= threshold).double() * (1 / (1 - dropout) if dropout < 1 else 0.0)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Output layer and loss over rows (R, D); see `fastlm.ops.linear_cross_entropy`."""
+    hidden, weight, bias = map(_widened, (hidden, weight, bias))
+    # A row that does not count must not reach the gradients, by a NaN of its own for one.
+    hidden = hidden.masked_fill((target == ignore_index)[:, None], 0)
+    options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction}
+    return cross_entropy(linear(hidden, weight, bias), target, label_smoothing=label_smoothing, **options)

@@ -47,10 +47,14 @@ def stream_tokens(
         logits = engine.step(token)
 
 
-def check_prompt(tokens: Tensor | Sequence[int]) -> Tensor:
+def check_prompt(tokens: Tensor | Sequence[int], vocab_size: int) -> Tensor:
     """A prompt given as (T,) or (1, T), as (T,)."""
     prompt = torch.as_tensor(tokens)
     prompt = prompt[0] if prompt.dim() == 2 and prompt.shape[0] == 1 else prompt
-    if prompt.dim() != 1 or prompt.shape[0] == 0 or prompt.dtype.is_floating_point:
+    whole = not (prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool)
+    if not whole or prompt.dim() != 1 or prompt.shape[0] == 0:
         raise ValueError(f"input_ids: expected whole numbers (T,) or (1, T), T at least 1, got {prompt}")
-    return prompt
+    low, high = prompt.aminmax()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"input_ids: expected 0 to {vocab_size - 1} (vocab_size - 1), got {int(low)} to {int(high)}")
+    return prompt.long()

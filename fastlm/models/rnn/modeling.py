@@ -131,7 +131,7 @@ class RNNModel(RNNPreTrainedModel):
             raise TypeError(f"past_key_values: expected an RNNCache, got {type(cache).__name__}")
         if cache.h is not None and (cache.c is None) != (self.rnn.mode == "GRU"):
             got = "h alone" if cache.c is None else "h and c"
-            raise ValueError(f"past_key_values: expected the state of a {self.rnn.mode}, got {got}")
+            raise ValueError(f"past_key_values: expected {self.rnn.mode} states, got {got}")
 
 
 class _Padding(NamedTuple):
@@ -184,7 +184,6 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
         past_key_values: RNNCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
@@ -198,13 +197,13 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
             past_key_values (RNNCache, optional): state to start in. Default: None, zeros.
             inputs_embeds (Tensor, optional): (B, T, E).
             labels (Tensor, optional): (B, T); the target of step t is labels[:, t + 1]. -100 is no target.
-            shift_labels (Tensor, optional): (B, T); the target of step t is shift_labels[:, t]. It goes before labels.
             use_cache (bool, optional): return the last state. Default: None, the configuration's.
             logits_to_keep (int or Tensor): compute the logits of this many last steps (0: all), or of these steps.
                 The loss takes all steps in any case. Default: 0.
             skip_logits (bool, optional): compute the loss alone, which never holds all logits. Default: None, in
                 training with labels.
-            **kwargs: num_items_in_batch divides the sum of losses in place of the number of targets;
+            **kwargs: shift_labels (Tensor), (B, T): the target of step t is shift_labels[:, t]; it goes before labels.
+                num_items_in_batch (int or Tensor) divides the sum of losses in place of the number of targets.
                 label_smoothing (default 0) and ignore_index (-100) are those of `ops.linear_cross_entropy`.
 
         Returns:
@@ -216,37 +215,42 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
         """
         # A tuple, for transformers' outputs cost as much as a step of a small model.
         output, *cache = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, False)
-        hidden = self.projection(self.dropout(output))
+        # (T, B, *), as the stack laid it out: neither the projection nor the loss then copies.
+        hidden = self.projection(self.dropout(output).transpose(0, 1))
         loss = None
-        if labels is not None or shift_labels is not None:
-            loss = self._compute_loss(hidden, labels, shift_labels, **kwargs)
+        # Not an argument: the Trainer would evaluate only on data that have every argument with "label" in its name.
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            loss = self._compute_loss(hidden, labels, **kwargs)
         elif skip_logits:
             raise ValueError("skip_logits: expected labels or shift_labels with skip_logits=True")
         logits = None
         if not (self.training and loss is not None if skip_logits is None else skip_logits):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, kept])
+            logits = self.lm_head(hidden[kept].transpose(0, 1))
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache[0] if cache else None)
 
     def _compute_loss(
         self,
         hidden: Tensor,
         labels: Tensor | None,
-        shift_labels: Tensor | None,
+        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         ignore_index: int = IGNORE_INDEX,
         label_smoothing: float = 0.0,
         **kwargs: Any,
     ) -> Tensor:
-        name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
-        if given.shape != hidden.shape[:2]:  # type: ignore[union-attr]
-            raise ValueError(f"{name}: expected shape {tuple(hidden.shape[:2])} (B, T), got {tuple(given.shape)}")  # type: ignore[union-attr]
-        target = F.pad(given[:, 1:], (0, 1), value=ignore_index) if shift_labels is None else given  # type: ignore[index]
-        # By time, as the stack laid it out, so that nothing is copied.
+        """Of hidden (T, B, D); the rest as of `forward`."""
+        name, target = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+        assert target is not None
+        steps, batch, _ = hidden.shape
+        if target.shape != (batch, steps):
+            raise ValueError(f"{name}: expected shape {(batch, steps)} (B, T), got {tuple(target.shape)}")
+        if shift_labels is None:
+            target = F.pad(target[:, 1:], (0, 1), value=ignore_index)
         loss = ops.linear_cross_entropy(
-            hidden.transpose(0, 1).flatten(0, 1),
+            hidden,
             self.lm_head.weight,
-            target.t().flatten(),  # type: ignore[union-attr]
+            target.t(),
             self.lm_head.bias,
             ignore_index=ignore_index,
             reduction="mean" if num_items_in_batch is None else "sum",
@@ -254,9 +258,7 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
         )
         if num_items_in_batch is None:
             return loss
-        return loss / (
-            num_items_in_batch.to(loss.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
-        )
+        return loss / num_items_in_batch
 
     def stream_tokens(
         self,
@@ -285,7 +287,7 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
             generator (torch.Generator, optional): to draw with. Default: torch's own.
 
         Raises:
-            ValueError: an empty prompt, more than one prompt, an impossible number, or a model that is not on the CPU.
+            ValueError: an empty prompt, more than one prompt, a number out of range, or a model that is not on the CPU.
         """
         if eos_token_id is None:
             eos_token_id = self.generation_config.eos_token_id
@@ -293,4 +295,5 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
         sampling = Sampling(temperature, top_k, top_p, generator) if do_sample else None
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
             raise ValueError(f"max_new_tokens: expected a whole number of at least 0, got {max_new_tokens!r}")
-        return generation.stream_tokens(self, generation.check_prompt(input_ids), max_new_tokens, sampling, ends)
+        prompt = generation.check_prompt(input_ids, self.config.vocab_size)
+        return generation.stream_tokens(self, prompt, max_new_tokens, sampling, ends)

@@ -1,0 +1,32 @@
+#include "cpu/cross_entropy.h"
+
+#include <algorithm>
+
+#include "cpu/isa.h"
+
+namespace fastlm::cpu {
+namespace {
+
+// Every part has sums of its own for the gradient of hidden: many cost memory, few leave threads idle at the end.
+constexpr int64_t kPartsAtMost = 16, kWordsAtLeast = 32;
+constexpr double kFlopsPerNs = 60, kNsPerThread = 12000;  // below this much work per member a second thread loses
+
+}  // namespace
+
+template <class S>
+void cross_entropy(const CrossEntropyParams<S>& p, int max_threads, ParallelFor parallel_for) {
+  CrossEntropyPlan plan{};
+  plan.parts = std::clamp<int64_t>(p.vocab / kWordsAtLeast, 1, kPartsAtMost);
+  const double products = 1. + (p.grad_hidden != nullptr) + (p.grad_weight != nullptr);
+  plan.work_ns = static_cast<int64_t>(products * 2. * p.live_rows * p.vocab * (p.dim + 8.) / kFlopsPerNs);
+  const double threads = std::min<double>(
+      {static_cast<double>(max_threads), static_cast<double>(plan.parts), plan.work_ns / kNsPerThread});
+  plan.threads = std::max(1, static_cast<int>(threads));
+  kernels<S>().cross_entropy->run(p, plan, parallel_for);
+}
+
+template void cross_entropy(const CrossEntropyParams<float>&, int, ParallelFor);
+template void cross_entropy(const CrossEntropyParams<double>&, int, ParallelFor);
+template void cross_entropy(const CrossEntropyParams<BFloat16>&, int, ParallelFor);
+
+}  // namespace fastlm::cpu
