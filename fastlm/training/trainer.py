@@ -15,8 +15,8 @@ from torch.utils.data import RandomSampler, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastlm.ops import linear_cross_entropy
 from fastlm.models import RNNCache, RNNForCausalLM
+from fastlm.ops import linear_cross_entropy
 from fastlm.training.data import IGNORED, Batch, BlockDataset
 
 STATE_FILE = "carried_state.safetensors"

@@ -3,6 +3,8 @@
 import io
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +79,20 @@ def test_resume_takes_the_options_of_the_run(text_file, tmp_path, capsys, monkey
     ]:
         assert main(["train", "lm", "--resume", "--output", str(output), *options]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(text_file, tmp_path, capsys, monkeypatch):
+    def interrupt(self, args, state, control, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+
+    output = tmp_path / "my run"
+    with monkeypatch.context() as patch:
+        patch.setattr("fastlm.cli.progress.ProgressCallback.on_step_begin", interrupt)
+        assert train(text_file, output, "--steps", "6") == 130
+    advice = capsys.readouterr().err.splitlines()[-1]
+    assert advice == f"stopped at step 1; go on: fastlm train lm --resume --output '{output}'"
+    assert main(shlex.split(advice.partition("fastlm ")[2])) == 0
+    assert "after 6 steps" in capsys.readouterr().out
 
 
 def test_help_names_every_option(capsys, monkeypatch):

@@ -120,8 +120,9 @@ def test_resume_without_a_checkpoint_begins_again(text_file, tmp_path):
     assert losses(options.output) == pytest.approx(losses(whole.output), rel=1e-6)
 
 
-def test_bfloat16_is_near_float32(text_file, tmp_path):
-    full, half = (train(options_for(text_file, tmp_path / str(on), bf16=on)) for on in (False, True))
+@pytest.mark.parametrize("model", ["gru", "gpt2"])
+def test_bfloat16_is_near_float32(model, text_file, tmp_path):
+    full, half = (train(options_for(text_file, tmp_path / str(on), model=model, bf16=on)) for on in (False, True))
     assert half.loss != full.loss
     assert half.loss == pytest.approx(full.loss, rel=0.02)
 
