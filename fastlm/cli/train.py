@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import math
 import shlex
 import sys
 from pathlib import Path
@@ -49,10 +48,12 @@ def _resumed(output: Path | None, given: dict[str, Any]) -> TrainingOptions:
 
 
 def _summary(result: Any) -> str:
-    bits = result.loss / result.characters_per_token / math.log(2)
+    from fastlm.training.metrics import bits_per_character, perplexity
+
+    bits = bits_per_character(result.loss, result.characters_per_token)
     return (
         f"{result.output}: after {result.step} steps, validation loss {result.loss:.4f} nats a token, "
-        f"perplexity {math.exp(result.loss):.2f}, {bits:.3f} bits per character"
+        f"perplexity {perplexity(result.loss):.2f}, {bits:.3f} bits per character"
     )
 
 

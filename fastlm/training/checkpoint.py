@@ -16,6 +16,7 @@ from fastlm.integrations.transformers import NAME as ATTENTION
 from fastlm.integrations.transformers import register
 from fastlm.models import RNNForCausalLM
 from fastlm.training.data import Split, StreamDataset, split_file, tokenize
+from fastlm.training.metrics import bits_per_character, perplexity
 from fastlm.training.options import FILE_NAME, TrainingOptions
 from fastlm.training.run import quiet
 from fastlm.training.trainer import mean_loss
@@ -59,12 +60,12 @@ class Evaluation(NamedTuple):
     @property
     def perplexity(self) -> float:
         """Of a token."""
-        return math.exp(self.loss)
+        return perplexity(self.loss)
 
     @property
     def bits_per_character(self) -> float:
-        """Comparable between vocabularies, where none of them has unknown tokens."""
-        return self.loss * self.tokens / self.characters / math.log(2)
+        """Of the text."""
+        return bits_per_character(self.loss, self.characters / self.tokens)
 
 
 def evaluate(checkpoint: Checkpoint, data: Path, whole: bool = False) -> Evaluation:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,7 +76,8 @@ def train(
         callbacks (sequence of TrainerCallback): further ones, to show progress. Default: none.
 
     Raises:
-        OSError, ValueError: the data, an option or the output folder is no good; the message says which and why.
+        OSError, ValueError: the data, an option or the output folder is no good, or the loss never was a number; the
+            message says which and why.
     """
     options = options.resolved()
     output = options.output.absolute()  # type: ignore[union-attr]
@@ -91,18 +93,16 @@ def train(
     _prepare_folder(output, options, corpus.tokenizer, overwrite and not resume)
     trainer, interrupt = make_trainer(options, output, model, corpus, callbacks)
     checkpoint = last_checkpoint(output) if resume else None
-    if checkpoint is not None:
-        _check_unfinished(trainer, checkpoint)
-    with interrupt.installed():
-        trainer.train(resume_from_checkpoint=checkpoint)
-    _finish(trainer, output, interrupt.stopped)
-    return Result(
-        output,
-        trainer.state.global_step,
-        interrupt.stopped,
-        trainer.state.best_metric,
-        corpus.characters[1] / len(corpus.valid),
-    )
+    if checkpoint is not None and _is_done(trainer, checkpoint):
+        trainer.restore_best(checkpoint)
+    else:
+        with interrupt.installed():
+            trainer.train(resume_from_checkpoint=checkpoint)
+    state = trainer.state
+    interrupted = state.global_step < state.max_steps
+    _finish(trainer, output, interrupted)
+    characters = corpus.characters[1] / len(corpus.valid)
+    return Result(output, state.global_step, interrupted, state.best_metric, characters)
 
 
 def quiet() -> None:
@@ -277,17 +277,18 @@ def last_checkpoint(output: Path) -> str | None:
     return str(max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]))) if complete else None
 
 
-def _check_unfinished(trainer: LanguageModelTrainer, checkpoint: str) -> None:
-    """The Trainer would do one more step."""
+def _is_done(trainer: LanguageModelTrainer, checkpoint: str) -> bool:
+    """Whether a checkpoint is of the last step; the Trainer would do one more."""
     total = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
-    done = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step
-    if done >= total:
-        raise ValueError(f"{trainer.args.output_dir}: all {total} steps are done; give more with --steps or --epochs")
+    return TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step >= total
 
 
 def _finish(trainer: LanguageModelTrainer, output: Path, interrupted: bool) -> None:
     """Writes the curve, and the best model where the run came to its end."""
     plot_losses(trainer.state.log_history, output / CURVE)
-    if not interrupted:
-        trainer.save_model(str(output))
-        trainer.save_state()
+    if interrupted:
+        return
+    if not math.isfinite(trainer.state.best_metric):
+        raise ValueError(f"{output}: the validation loss was never a finite number; train with a lower lr")
+    trainer.save_model(str(output))
+    trainer.save_state()

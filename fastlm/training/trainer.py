@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import RandomSampler, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastlm.models import RNNCache, RNNForCausalLM
@@ -111,10 +112,21 @@ class LanguageModelTrainer(Trainer):
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         position = super()._init_training_state(*args, **kwargs)
-        if self.state.best_global_step:  # the run's folder may have moved
+        self._locate_best()
+        return position
+
+    def _locate_best(self) -> None:
+        """The run's folder may have moved since the checkpoint was saved."""
+        if self.state.best_global_step:
             best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None
-        return position
+
+    def restore_best(self, checkpoint: str) -> None:
+        """Takes over a checkpoint of the last step and its run's best weights, without training."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+        self._locate_best()
+        if self.state.best_model_checkpoint is not None:
+            self._load_best_model()
 
 
 def load_state(path: Path) -> RNNCache:

@@ -73,12 +73,8 @@ def test_resume_takes_the_options_of_the_run(text_file, tmp_path, capsys, monkey
     assert train(text_file, output, "--steps", "4", "--schedule", "constant") == 0
     assert main(["train", "lm", "--resume", "--output", str(output), "--steps", "8"]) == 0
     assert "after 8 steps" in capsys.readouterr().out
-    for options, message in [
-        (["--steps", "8"], "all 8 steps are done; give more with --steps or --epochs"),
-        (["--hidden-size", "20"], "hidden_size: cannot change when a run goes on, was 16, got 20"),
-    ]:
-        assert main(["train", "lm", "--resume", "--output", str(output), *options]) == 2
-        assert message in capsys.readouterr().err
+    assert main(["train", "lm", "--resume", "--output", str(output), "--hidden-size", "20"]) == 2
+    assert "hidden_size: cannot change when a run goes on, was 16, got 20" in capsys.readouterr().err
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(text_file, tmp_path, capsys, monkeypatch):

@@ -102,10 +102,18 @@ def test_best_weights_are_kept(text_file, tmp_path):
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in result.output.iterdir()}
 
 
+def test_divergence_is_an_error(text_file, tmp_path):
+    options = options_for(text_file, tmp_path / "out", lr=1e38, optimizer="sgd", clip=0.0)
+    with pytest.raises(ValueError, match="never a finite number; train with a lower lr"):
+        train(options)
+
+
 def test_run_that_is_done_can_go_on(text_file, tmp_path):
     first = train(options_for(text_file, tmp_path / "out", schedule="constant"))
-    with pytest.raises(ValueError, match="all 12 steps are done"):
-        resume(first.output)
+    (first.output / "model.safetensors").unlink()  # as if it had been killed before its last act
+    again = resume(first.output)
+    assert (again.step, again.loss) == (12, first.loss)
+    assert evaluate(Checkpoint.load(first.output), text_file).loss == pytest.approx(first.loss, rel=0.01)
     longer = resume(first.output, steps=16)
     assert longer.step == 16
     assert (16, "eval_loss") in losses(longer.output)
