@@ -28,9 +28,8 @@ from transformers.trainer_callback import PrinterCallback
 from fastlm.integrations.transformers import NAME as ATTENTION
 from fastlm.integrations.transformers import register
 from fastlm.models import RNNConfig, RNNForCausalLM
-from fastlm.training import options as options_module
 from fastlm.training.data import BlockDataset, StreamDataset, Tokens, split_file, tokenize
-from fastlm.training.options import TrainingOptions
+from fastlm.training.options import FILE_NAME, TrainingOptions
 from fastlm.training.plot import plot_losses
 from fastlm.training.tokenizer import learn_tokenizer, make_normalizer
 from fastlm.training.trainer import LanguageModelTrainer, LogBeforeSave, StopOnInterrupt
@@ -56,7 +55,7 @@ class Corpus:
     tokenizer: PreTrainedTokenizerFast
     train: Tokens
     valid: Tokens
-    characters: tuple[int, int]  # of train and valid
+    characters_per_token: float  # of valid
 
 
 def train(
@@ -101,8 +100,7 @@ def train(
     state = trainer.state
     interrupted = state.global_step < state.max_steps
     _finish(trainer, output, interrupted)
-    characters = corpus.characters[1] / len(corpus.valid)
-    return Result(output, state.global_step, interrupted, state.best_metric, characters)
+    return Result(output, state.global_step, interrupted, state.best_metric, corpus.characters_per_token)
 
 
 def quiet() -> None:
@@ -127,7 +125,7 @@ def load_corpus(options: TrainingOptions, saved: Path | None = None) -> Corpus:
     tokens = [tokenize(part, tokenizer.backend_tokenizer) for part in parts]
     for name, found in zip(("training", "validation"), tokens, strict=True):
         _check_length(options, name, len(found), "tokens")
-    return Corpus(tokenizer, tokens[0], tokens[1], (parts[0].characters, parts[1].characters))
+    return Corpus(tokenizer, tokens[0], tokens[1], parts[1].characters / len(tokens[1]))
 
 
 def _check_length(options: TrainingOptions, part: str, length: int, unit: str) -> None:
@@ -250,7 +248,7 @@ def _adam(options: TrainingOptions) -> tuple[type[torch.optim.Optimizer], dict[s
 def _check_free(output: Path, overwrite: bool) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    if not (output / options_module.FILE_NAME).is_file():
+    if not (output / FILE_NAME).is_file():
         raise ValueError(f"{output}: exists and is no training run; name another output folder")
     if not overwrite:
         raise ValueError(f"{output}: holds a training run already; go on with --resume or replace it with --overwrite")
