@@ -1,0 +1,66 @@
+"""Vocabularies of characters, words or byte pairs, learnt from a text and saved in the form of transformers."""
+
+from collections.abc import Iterable
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from fastlm.training.options import Normalization, Vocabulary
+
+UNKNOWN = "<unk>"
+# What no text file needs; tab and line feed stay.
+CONTROL_CHARACTERS = r"[\x00-\x08\x0b-\x1f\x7f]"
+# Every character belongs to exactly one match, so that decoding is joining. A word takes the space before it along,
+# which keeps spaces from doubling the length of the sequence.
+PIECES = {"char": r"[\s\S]", "word": r" ?\w+(?:['\u2019]\w+)*| ?[^\w\s]|\s"}
+
+
+def make_normalizer(form: Normalization = "nfc", lowercase: bool = False) -> normalizers.Normalizer:
+    """The cleaning of a text: Unicode normal form, control characters left out, lower case where asked for."""
+    steps = [] if form == "none" else [{"nfc": normalizers.NFC, "nfkc": normalizers.NFKC}[form]()]
+    steps.append(normalizers.Replace(Regex(CONTROL_CHARACTERS), ""))
+    if lowercase:
+        steps.append(normalizers.Lowercase())
+    return normalizers.Sequence(steps)
+
+
+def learn_tokenizer(
+    texts: Iterable[str], kind: Vocabulary, vocab_size: int, normalizer: normalizers.Normalizer
+) -> PreTrainedTokenizerFast:
+    """Learns a vocabulary.
+
+    Args:
+        texts (iterable of str): read once, never held as a whole.
+        kind (str): "char", every character seen; "word", the most frequent words, punctuation marks and white space;
+            "bpe", merged pairs of bytes, for which nothing is unknown. Joining the pieces gives the text again.
+        vocab_size (int): at most so many entries; for "bpe" not below 256. All characters are taken for "char".
+        normalizer (Normalizer): part of the tokenizer.
+    """
+    if kind == "bpe":
+        tokenizer, trainer = _byte_pairs(vocab_size)
+    else:
+        tokenizer, trainer = _whole_pieces(PIECES[kind], 0x110000 if kind == "char" else vocab_size)
+    tokenizer.normalizer = normalizer
+    tokenizer.train_from_iterator(texts, trainer)
+    unknown = None if kind == "bpe" else UNKNOWN
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=unknown, clean_up_tokenization_spaces=False, model_max_length=10**30
+    )
+
+
+def _whole_pieces(pattern: str, vocab_size: int) -> tuple[Tokenizer, trainers.Trainer]:
+    tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=[UNKNOWN], show_progress=False)
+    return tokenizer, trainer
+
+
+def _byte_pairs(vocab_size: int) -> tuple[Tokenizer, trainers.Trainer]:
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet):
+        raise ValueError(f"vocab_size: expected at least {len(alphabet)} for bpe, got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)

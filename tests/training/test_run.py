@@ -1,0 +1,188 @@
+"""Whole runs on a small text: what they leave, and that a stopped one goes on as if it had not been."""
+
+import dataclasses
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import TrainerCallback
+
+from fastlm.training import Checkpoint, TrainingOptions, evaluate, train
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = {"embedding_size": 8, "hidden_size": 16, "heads": 2, "layers": 1, "seq_len": 16, "batch_size": 4}
+SHORT = {"steps": 12, "eval_every": 4, "log_every": 1, "dropout": 0.0, "threads": 1}
+
+
+def options_for(data: Path, output: Path, **changes) -> TrainingOptions:
+    return TrainingOptions(**{**TINY, **SHORT, "data": data, "output": output, **changes})
+
+
+class At(TrainerCallback):
+    """Does something after a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
+def losses(output: Path) -> dict[tuple[int, str], float]:
+    """Training and validation losses by step."""
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return {(entry["step"], key): entry[key] for entry in history for key in ("loss", "eval_loss") if key in entry}
+
+
+def resume(output: Path, **changes):
+    return train(TrainingOptions.load(output).changed(**changes), resume=True)
+
+
+MODELS = [
+    {"model": "gru"},
+    {"model": "lstm", "layers": 2, "accumulate": 2, "vocabulary": "word"},
+    {"model": "gpt2", "optimizer": "adam", "vocabulary": "bpe", "vocab_size": 300},
+]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model["model"])
+def test_interrupted_run_goes_on_as_an_unbroken_one(model, text_file, tmp_path):
+    whole = train(options_for(text_file, tmp_path / "whole", **model))
+    assert not whole.interrupted
+    broken = options_for(text_file, tmp_path / "broken", **model)
+    stopped = train(broken, callbacks=[At(5, lambda: signal.raise_signal(signal.SIGINT))])
+    assert (stopped.interrupted, stopped.step) == (True, 6)
+    assert not (broken.output / "model.safetensors").exists()
+    moved = broken.output.rename(tmp_path / "moved")
+    result = resume(moved)
+    assert (result.interrupted, result.step) == (False, 12)
+    expected = losses(whole.output)
+    assert losses(moved) == pytest.approx(expected, rel=1e-4)
+    assert len(expected) == 12 + 3
+    assert result.loss == pytest.approx(whole.loss, rel=1e-4)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fastlm.training import TrainingOptions, train
+from tests.training.test_run import At, options_for
+options = options_for(Path(sys.argv[1]), Path(sys.argv[2]), epochs=3.0, steps=None)
+train(options, callbacks=[At(int(sys.argv[3]), lambda: os.kill(os.getpid(), signal.SIGKILL))])
+"""
+
+
+def test_killed_run_goes_on_as_an_unbroken_one(text_file, tmp_path):
+    whole = train(options_for(text_file, tmp_path / "whole", epochs=3.0, steps=None))
+    broken = tmp_path / "broken"
+    command = [sys.executable, "-c", KILLED, str(text_file), str(broken), "99"]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (broken / "checkpoint-100").mkdir()  # as a kill while saving leaves it
+    (broken / "checkpoint-100" / "config.json").write_text("{")
+    assert resume(broken).step == whole.step
+    assert losses(broken) == pytest.approx(losses(whole.output), rel=1e-4)
+
+
+def test_best_weights_are_kept(text_file, tmp_path):
+    """The learning rate makes the model worse in the end."""
+    options = options_for(text_file, tmp_path / "out", lr=0.5, schedule="constant", optimizer="sgd", clip=0.0, steps=40)
+    result = train(options)
+    validation = {step: loss for (step, kind), loss in losses(result.output).items() if kind == "eval_loss"}
+    assert result.loss == min(validation.values())
+    found = evaluate(Checkpoint.load(result.output), text_file)
+    assert found.perplexity == pytest.approx(math.exp(found.loss))
+    assert (result.output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((result.output / "tensorboard").iterdir())
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in result.output.iterdir()}
+
+
+def test_divergence_is_an_error(text_file, tmp_path):
+    options = options_for(text_file, tmp_path / "out", lr=1e38, optimizer="sgd", clip=0.0)
+    with pytest.raises(ValueError, match="never a finite number; train with a lower lr"):
+        train(options)
+
+
+def test_run_that_is_done_can_go_on(text_file, tmp_path):
+    first = train(options_for(text_file, tmp_path / "out", schedule="constant"))
+    (first.output / "model.safetensors").unlink()  # as if it had been killed before its last act
+    again = resume(first.output)
+    assert (again.step, again.loss) == (12, first.loss)
+    assert evaluate(Checkpoint.load(first.output), text_file).loss == pytest.approx(first.loss, rel=0.01)
+    longer = resume(first.output, steps=16)
+    assert longer.step == 16
+    assert (16, "eval_loss") in losses(longer.output)
+
+
+def test_resume_without_a_checkpoint_begins_again(text_file, tmp_path):
+    whole = train(options_for(text_file, tmp_path / "whole"))
+    options = options_for(text_file, tmp_path / "broken")
+    with pytest.raises(RuntimeError, match="stop"):
+        train(options, callbacks=[At(2, lambda: (_ for _ in ()).throw(RuntimeError("stop")))])
+    resume(options.output)
+    assert losses(options.output) == pytest.approx(losses(whole.output), rel=1e-6)
+
+
+@pytest.mark.parametrize("model", ["gru", "gpt2"])
+def test_bfloat16_is_near_float32(model, text_file, tmp_path):
+    full, half = (train(options_for(text_file, tmp_path / str(on), model=model, bf16=on)) for on in (False, True))
+    assert half.loss != full.loss
+    assert half.loss == pytest.approx(full.loss, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seq_len": 700}, "expected at least 701 characters of validation text for one sequence of 700"),
+        ({"seq_len": 200, "vocabulary": "word"}, "expected at least 201 tokens of validation text"),
+        ({"vocabulary": "bpe", "vocab_size": 20}, "vocab_size: expected at least 256 for bpe, got 20"),
+        ({"model": "gpt2", "heads": 3}, "heads: expected a divisor of hidden_size"),
+    ],
+    ids=["short", "few-words", "bpe", "heads"],
+)
+def test_nothing_is_written_before_all_is_found_good(changes, message, text_file, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train(options_for(text_file, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"dropout": math.nan}, "dropout: expected 0 to 1, got nan"),
+        ({"model": "rnn"}, "model: expected one of gru, lstm, gpt2, got rnn"),
+        ({"steps": 3, "epochs": 1.0}, "steps, epochs: expected one of them"),
+        ({"save_every": 6}, "save_every: expected a multiple of eval_every"),
+    ],
+)
+def test_bad_option(changes, message, text_file):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(options_for(text_file, Path("out")), **changes)
+
+
+def test_only_some_options_change_on_resume(text_file):
+    options = options_for(text_file, Path("out"))
+    assert options.changed(epochs=2.0).steps is None
+    assert options.changed(model="gru").model == "gru"
+    with pytest.raises(ValueError, match="lr: cannot change when a run goes on, was None, got 1"):
+        options.changed(lr=1.0)
+
+
+def test_folders_are_not_overwritten_by_accident(text_file, tmp_path):
+    options = options_for(text_file, tmp_path / "out", steps=1, eval_every=1)
+    (tmp_path / "out").mkdir()
+    train(options)
+    with pytest.raises(ValueError, match="holds a training run already"):
+        train(options)
+    kept = options.output / "checkpoint-1" / "mine"
+    kept.touch()
+    train(options, overwrite=True)
+    assert not kept.exists()
+    with pytest.raises(ValueError, match="exists and is no training run"):
+        train(dataclasses.replace(options, output=tmp_path), overwrite=True)

@@ -1,0 +1,48 @@
+"""Vocabularies: decoding gives the text again, saving gives the vocabulary again."""
+
+import pytest
+from transformers import AutoTokenizer
+
+from fastlm.training.tokenizer import UNKNOWN, learn_tokenizer, make_normalizer
+from tests.training.conftest import make_text
+
+TEXT = make_text(3000) + "  two  spaces\ttab \u2019tis it\u2019s 🙂é\n\n\n(end)"
+
+
+@pytest.mark.parametrize("kind", ["char", "word", "bpe"])
+def test_round_trip(kind, tmp_path):
+    tokenizer = learn_tokenizer([TEXT], kind, 1000, make_normalizer())
+    ids = tokenizer(TEXT)["input_ids"]
+    assert tokenizer.decode(ids) == TEXT
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded(TEXT)["input_ids"] == ids
+    assert loaded.decode(ids) == TEXT
+    assert len(loaded) == len(tokenizer)
+    assert loaded("e\u0301\x00a")["input_ids"] == loaded("éa")["input_ids"]
+
+
+def test_characters_are_one_token_each():
+    tokenizer = learn_tokenizer(["ab\nc", "d a"], "char", 1, make_normalizer())
+    assert len(tokenizer) == 7  # all of them, whatever vocab_size says, and the unknown one
+    assert len(tokenizer("a b\n")["input_ids"]) == 4
+    assert tokenizer.decode(tokenizer("aXb")["input_ids"]) == f"a{UNKNOWN}b"
+
+
+def test_words_keep_their_apostrophes_and_the_most_frequent_stay():
+    tokenizer = learn_tokenizer(["the cat's the the hat's hat's hat's hat's."], "word", 3, make_normalizer())
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a the hat's dog.")["input_ids"]) == [
+        UNKNOWN,
+        " the",
+        " hat's",
+        UNKNOWN,
+        UNKNOWN,
+    ]
+
+
+def test_byte_pairs_know_everything():
+    tokenizer = learn_tokenizer(["abc"], "bpe", 300, make_normalizer())
+    assert tokenizer.unk_token is None
+    assert tokenizer.decode(tokenizer("日本 ünseen")["input_ids"]) == "日本 ünseen"
+    with pytest.raises(ValueError, match="vocab_size: expected at least 256 for bpe, got 100"):
+        learn_tokenizer(["abc"], "bpe", 100, make_normalizer())
