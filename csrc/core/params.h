@@ -137,6 +137,15 @@ struct AttentionBackwardParams : AttentionParams<S> {
   AttentionMask<T> grad_bias;  // or null: not needed; zeros beforehand, summed over what the bias broadcasts along
 };
 
+// GELU by tanh over n values; backward where grad_output is given.
+template <class S>
+struct GeluParams {
+  int64_t n;
+  const S* x;
+  const S* grad_output;  // or null
+  S* result;             // the output, or the gradient of x
+};
+
 // The output layer of a language model with its loss: logits = hidden weight^T + bias, never held as a whole. Forward
 // (losses given) makes losses and statistics, and the gradients that are not null; backward (losses null) makes these
 // from the statistics.

@@ -39,6 +39,11 @@ struct CrossEntropyKernels {
   void (*run)(const CrossEntropyParams<S>&, const CrossEntropyPlan&, ParallelFor);
 };
 
+template <class S>
+struct GeluKernels {
+  void (*run)(const GeluParams<S>&, int threads, ParallelFor);
+};
+
 template <class T>
 struct ArgmaxKernels {
   Argmax<T>* (*make)(const ArgmaxParams<T>&, int threads, ParallelFor);  // the caller's to delete
@@ -59,6 +64,7 @@ struct Kernels {
   const RecurrentKernels<T>*gru, *lstm;
   const AttentionKernels<T>* attention;
   const CrossEntropyKernels<T>* cross_entropy;
+  const GeluKernels<T>* gelu;
   const ArgmaxKernels<T>* argmax;
   const MathKernels<T>* math;
 };
@@ -67,6 +73,7 @@ struct Kernels<BFloat16> {
   const RecurrentKernels<BFloat16>*gru, *lstm;
   const AttentionKernels<BFloat16>* attention;
   const CrossEntropyKernels<BFloat16>* cross_entropy;
+  const GeluKernels<BFloat16>* gelu;
 };
 
 // The table of the current ISA.

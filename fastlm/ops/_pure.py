@@ -419,6 +419,11 @@ def linear_cross_entropy_backward(
     return tuple(grad if need else hidden.new_empty(0) for grad, need in zip(made, needed, strict=True))
 
 
+def gelu_backward(grad_output: Tensor, x: Tensor) -> Tensor:
+    """As the kernel's."""
+    return torch.ops.aten.gelu_backward(grad_output, x, approximate="tanh")
+
+
 def _implementation(
     function: Callable[..., tuple[Tensor, ...]], keeps: Callable[[int, Tensor], bool]
 ) -> Callable[..., Any]:
@@ -454,4 +459,6 @@ def register() -> None:
     }
     for function, keeps in rules.items():
         _schema.LIBRARY.impl(function.__name__, _implementation(function, keeps), "CPU")
+    _schema.LIBRARY.impl("gelu_forward", reference.gelu, "CPU")
+    _schema.LIBRARY.impl("gelu_backward", gelu_backward, "CPU")
     _schema.LIBRARY.impl("gemm", reference.gemm, "CPU")

@@ -41,6 +41,8 @@ SCHEMAS = (
     " -> (Tensor loss, Tensor statistics, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     f"linear_cross_entropy_backward(Tensor grad_losses, {_CROSS_ENTROPY}, Tensor statistics, int ignore_index,"
     f" float label_smoothing, {_NEEDED}) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    "gelu_forward(Tensor x) -> Tensor",
+    "gelu_backward(Tensor grad_output, Tensor x) -> Tensor",
     "gemm(Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> Tensor",
 )
 

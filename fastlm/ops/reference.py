@@ -405,3 +405,8 @@ def linear_cross_entropy(
     hidden = hidden.masked_fill((target == ignore_index)[:, None], 0)
     options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction}
     return cross_entropy(linear(hidden, weight, bias), target, label_smoothing=label_smoothing, **options)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """See `fastlm.ops.gelu`."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
