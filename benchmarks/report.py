@@ -124,8 +124,8 @@ def plot(groups: Groups, family: str, path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; the status is 1 where --check found a missed target."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = sorted((Path(__file__).parent / "results").glob("*.csv"))
-    parser.add_argument("csv", nargs="*", type=Path, default=default, help="default: all of results/")
+    default = [Path(__file__).parent / "results" / "benchmarks.csv"]
+    parser.add_argument("csv", nargs="*", type=Path, default=default, help="default: results/benchmarks.csv")
     parser.add_argument("--readme", type=Path, help="file whose table is replaced")
     parser.add_argument("--plots", type=Path, help="folder to write PNGs to, one per family of layers")
     parser.add_argument("--check", action="store_true", help="print for every speed target whether it was reached")

@@ -15,7 +15,10 @@
 #include <vector>
 
 #include "core/gates.h"
+#include "cpu/argmax.h"
 #include "cpu/attention.h"
+#include "cpu/cross_entropy.h"
+#include "cpu/gelu.h"
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
 #include "cpu/recurrent.h"
@@ -279,6 +282,71 @@ Bytes attention(const AttentionSizes& s, int options, const Pool& pool) {
   return results;
 }
 
+// The output layer with its loss, every third row without a target; forward, or backward from forward's statistics.
+struct OutputSizes {
+  int64_t rows, vocab, dim;
+};
+enum : int { kWithBias = 1, kSmoothing = 2, kBackward = 4, kAllGradients = 8, kOutputOptions = 16 };
+
+template <class S>
+Bytes output_layer(const OutputSizes& s, int options, const Pool& pool) {
+  using T = Compute<S>;
+  generator.seed(static_cast<unsigned>(s.rows * 1000 + s.vocab));
+  const auto hidden = random<S>(s.rows * s.dim), weight = random<S>(s.vocab * s.dim), bias = random<S>(s.vocab);
+  const auto grad_losses = random<T>(s.rows);
+  std::vector<int64_t> target(s.rows, -1), live;
+  for (int64_t row = 0; row < s.rows; ++row)
+    if (row % 3) target[row] = generator() % s.vocab, live.push_back(row);
+  std::vector<T> losses(s.rows), statistics(2 * s.rows);
+  std::vector<S> grad_hidden(hidden.size()), grad_weight(weight.size()), grad_bias(bias.size());
+  CrossEntropyParams<S> p{s.rows, s.vocab, s.dim, hidden.data(), weight.data()};
+  p.bias = options & kWithBias ? bias.data() : nullptr, p.target = target.data();
+  p.live = live.data(), p.live_rows = static_cast<int64_t>(live.size());
+  p.smoothing = options & kSmoothing ? T(0.1) : T(0), p.row_weight = T(0.5);
+  p.losses = losses.data(), p.statistics = statistics.data();
+  const auto want_gradients = [&] {
+    p.grad_hidden = grad_hidden.data();
+    if (!(options & kAllGradients)) return;
+    p.grad_weight = grad_weight.data(), p.grad_bias = grad_bias.data();
+  };
+  if (!(options & kBackward)) want_gradients();
+  cpu::cross_entropy(p, pool.threads, pool.run);
+  if (options & kBackward) {
+    want_gradients();
+    p.losses = nullptr, p.row_weights = grad_losses.data();
+    cpu::cross_entropy(p, pool.threads, pool.run);
+  }
+  Bytes results;
+  for (const auto& values : {losses, statistics}) add(results, values);
+  for (const auto& values : {grad_hidden, grad_weight, grad_bias}) add(results, values);
+  return results;
+}
+
+template <class T>
+Bytes argmax(const OutputSizes& s, const Pool& pool) {
+  generator.seed(static_cast<unsigned>(s.vocab));
+  const auto hidden = random<T>(s.rows * s.dim), weight = random<T>(s.vocab * s.dim), bias = random<T>(s.vocab);
+  const auto search = cpu::Argmax<T>::make({s.vocab, s.dim, weight.data(), bias.data()}, pool.threads, pool.run);
+  std::vector<int64_t> found;
+  for (int64_t row = 0; row < s.rows; ++row)
+    found.push_back(search->run(hidden.data() + row * s.dim, pool.threads, pool.run));
+  Bytes results;
+  add(results, found);
+  return results;
+}
+
+template <class S>
+Bytes gelu(int64_t n, const Pool& pool) {
+  generator.seed(static_cast<unsigned>(n));
+  const auto x = random<S>(n), grad_output = random<S>(n);
+  std::vector<S> output(n), grad(n);
+  cpu::gelu(GeluParams<S>{n, x.data(), nullptr, output.data()}, pool.threads, pool.run);
+  cpu::gelu(GeluParams<S>{n, x.data(), grad_output.data(), grad.data()}, pool.threads, pool.run);
+  Bytes results;
+  add(results, output), add(results, grad);
+  return results;
+}
+
 template <class Run>
 void same_on_every_pool(const std::string& what, const Run& run) {
   const auto expected = run(kPools[0]);
@@ -318,9 +386,23 @@ void run_attention() {
                          [&](const Pool& pool) { return attention<S>(s, options, pool); });
 }
 
+// What language models have besides: rows in several blocks, words in several blocks of several parts, one word.
+constexpr OutputSizes kOutputs[] = {{1, 1, 1}, {5, 33, 17}, {300, 70, 9}, {40, 3500, 33}, {0, 4, 3}, {7, 130, 300}};
+
+template <class S>
+void run_models() {
+  for (const auto& s : kOutputs)
+    for (int options = 0; options < kOutputOptions; ++options)
+      same_on_every_pool("output layer of " + std::to_string(s.vocab) + " options " + std::to_string(options),
+                         [&](const Pool& pool) { return output_layer<S>(s, options, pool); });
+  for (const int64_t n : {1, 63, 1000, 70001})
+    same_on_every_pool("gelu", [&](const Pool& pool) { return gelu<S>(n, pool); });
+}
+
 template <class T>
-void run_others() {
-  run_recurrent<T>();
+void run_plain() {
+  for (const auto& s : kOutputs)
+    same_on_every_pool("argmax of " + std::to_string(s.vocab), [&](const Pool& pool) { return argmax<T>(s, pool); });
   if (sizeof(T) == 4)
     same_on_every_pool("T 200", [](const Pool& pool) {
       return recurrent<T>(true, {200, 8, 2, 410}, Form::kWhole, false, true, pool);
@@ -335,14 +417,18 @@ void run_others() {
 
 }  // namespace
 
-// On every instruction set that this machine can run; with the argument "fastest", on that one. "attention": it alone.
+// On every instruction set that this machine can run; with the argument "fastest", on that one. "attention",
+// "recurrent" or "models": only these kernels.
 int main(int argc, char** argv) {
-  const std::set<std::string> given(argv + 1, argv + argc);
-  const bool fastest = given.count("fastest"), attention_alone = given.count("attention");
+  std::set<std::string> families(argv + 1, argv + argc);
+  const bool fastest = families.erase("fastest");
+  const auto wanted = [&](const char* family) { return families.empty() || families.count(family); };
   for (const auto& isa : fastest ? std::vector{cpu::isa()} : cpu::usable_isas()) {
     cpu::set_isa(isa);
-    run_attention<float>(), run_attention<double>(), run_attention<BFloat16>();
-    if (!attention_alone) run_others<float>(), run_others<double>(), run_recurrent<BFloat16>();
-    std::printf("%s: every kernel%s ran\n", isa.c_str(), attention_alone ? " of attention" : "");
+    if (wanted("attention")) run_attention<float>(), run_attention<double>(), run_attention<BFloat16>();
+    if (wanted("recurrent")) run_recurrent<float>(), run_recurrent<double>(), run_recurrent<BFloat16>();
+    if (wanted("models")) run_models<float>(), run_models<double>(), run_models<BFloat16>();
+    if (wanted("models")) run_plain<float>(), run_plain<double>();
+    std::printf("%s: every kernel asked for ran\n", isa.c_str());
   }
 }

@@ -258,6 +258,10 @@ class CrossEntropy {
       own_.weights[r] = row_weight(r);
       own_.factors[r] = own_.weights[r] / own_.factors[r];
     }
+    for (int64_t r = rows_; r < lanes_up<T>(rows_); ++r) {  // of a vector's end: rows whose gradients are 0
+      own_.greatest[r] = std::numeric_limits<T>::infinity();
+      own_.weights[r] = own_.factors[r] = T(0);
+    }
   }
   void merge_statistics() const {
     const V log2e = V::broadcast(ExpConstants<T>::kLog2e);
