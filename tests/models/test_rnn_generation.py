@@ -9,7 +9,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TextStrea
 
 from fastlm.models import RNNCache
 from fastlm.models.rnn.generation import Engine
-from fastlm.models.rnn.sampling import Sampling
+from fastlm.models._sampling import Sampling
 from tests.models.small import CELLS, KINDS, PAD, VOCABULARY, make_model, random_ids, twin_of
 from tests.numerics import check, each_isa
 
