@@ -9,12 +9,10 @@ except ImportError as error:
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from fastlm.models._causal import CausalLM
 from fastlm.models.rnn import RNNCache, RNNConfig, RNNForCausalLM, RNNModel
 from fastlm.models.transformer import TransformerConfig, TransformerForCausalLM, TransformerModel
 
 __all__ = [
-    "CausalLM",
     "RNNCache",
     "RNNConfig",
     "RNNForCausalLM",

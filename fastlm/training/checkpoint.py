@@ -12,7 +12,7 @@ from transformers.generation import BaseStreamer
 
 from fastlm.integrations.transformers import NAME as ATTENTION
 from fastlm.integrations.transformers import register
-from fastlm.models import CausalLM
+from fastlm.models._causal import CausalLM
 from fastlm.training.data import Split, StreamDataset, split_file, tokenize
 from fastlm.training.metrics import bits_per_character, perplexity
 from fastlm.training.options import FILE_NAME, TrainingOptions

@@ -44,10 +44,7 @@ class TrainingOptions:
     data: Path = _option(None, "UTF-8 text file.")
     output: Path | None = _option(None, "Folder to make. Default: named after the data and the model.")
 
-    model: Model = _option(
-        "gru",
-        "Kind of model; transformer by itself is nanoGPT's recipe for a CPU, gpt2 the same in transformers' class.",
-    )
+    model: Model = _option("gru", "Kind of model; transformer is nanoGPT's recipe for a CPU, gpt2 transformers' of it.")
     embedding_size: int = _option(128, "Width of a token's embedding in gru and lstm.", 1)
     hidden_size: int | None = _option(None, "Width of the layers.", 1)
     layers: int | None = _option(None, "Number of layers.", 1)
@@ -61,9 +58,7 @@ class TrainingOptions:
     lowercase: bool = _option(False, "Turn the text to lower case.")
     validation: float = _option(0.1, "Share of the text, at its end, kept for validation.", 0.0001, 0.9)
 
-    seq_len: int | None = _option(
-        None, "Tokens a sequence: truncation of back-propagation, or a transformer's context.", 1
-    )
+    seq_len: int | None = _option(None, "Tokens a sequence: truncation of back-propagation, or the context.", 1)
     batch_size: int | None = _option(None, "Sequences a step.", 1)
     accumulate: int = _option(1, "Batches whose gradients make one step.", 1)
     steps: int | None = _option(None, "Training steps.", 1)
@@ -82,7 +77,7 @@ class TrainingOptions:
 
     eval_every: int = _option(250, "Steps between validations.", 1)
     eval_batches: int | None = _option(
-        None, "Batches that a validation reads, the last one excepted. Default: the whole validation text.", 1
+        None, "Batches that a validation reads. Default: all; the final figure is of all in any case.", 1
     )
     save_every: int | None = _option(
         None, "Steps between checkpoints: --eval-every or a multiple, the default being it.", 1

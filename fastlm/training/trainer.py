@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastlm.models import CausalLM, RNNCache, RNNForCausalLM
+from fastlm.models import RNNCache, RNNForCausalLM, TransformerForCausalLM
 from fastlm.ops import linear_cross_entropy
 from fastlm.training.data import IGNORED, Batch, BlockDataset
 
@@ -29,7 +29,7 @@ def next_token_loss(
 ) -> tuple[Tensor, RNNCache | None]:
     """Mean cross-entropy (nats) of a batch's targets, and the state to go on from, detached; None in a transformer."""
     inputs, targets = batch["input_ids"], batch["shift_labels"]
-    if isinstance(model, CausalLM):
+    if isinstance(model, RNNForCausalLM | TransformerForCausalLM):
         recurrent = isinstance(model, RNNForCausalLM)
         output = model(
             inputs,

@@ -119,9 +119,8 @@ def test_validation_may_read_a_few_batches(text_file, tmp_path):
     assert of_part != pytest.approx(of_whole, rel=1e-4)
     options = TrainingOptions.load(part.output)
     corpus, model = load_corpus(options, part.output), Checkpoint.load(part.output).model
-    expected, targets = mean_loss(
-        model, [StreamDataset(corpus.valid, 16, 4).__getitems__([*range(i, i + 4)]) for i in (0, 4)]
-    )
+    stream = StreamDataset(corpus.valid, 16, 4)
+    expected, targets = mean_loss(model, [stream.__getitems__([*range(i, i + 4)]) for i in (0, 4)])
     assert targets == 2 * 4 * 16
     assert of_part == pytest.approx(expected, rel=1e-6)
 
