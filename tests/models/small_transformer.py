@@ -14,6 +14,7 @@ from tests.models.small import BOS, PAD, VOCABULARY
 from tests.numerics import Outputs, check_all, each_isa, incoming
 
 CONTEXT = 24
+_DTYPES = (torch.float32, torch.float64)
 
 
 def make_transformer(**options: Any) -> TransformerForCausalLM:
@@ -57,12 +58,20 @@ def names_of(model: TransformerForCausalLM) -> dict[str, str]:
 def gpt2_of(model: TransformerForCausalLM) -> GPT2LMHeadModel:
     """The same function in transformers; without a bias here, zeros there."""
     of = model.config
+    sizes = {"n_embd": of.hidden_size, "n_layer": of.num_layers, "n_head": of.num_heads}
     config = GPT2Config(
-        vocab_size=of.vocab_size, n_positions=of.max_position_embeddings, n_embd=of.hidden_size, n_layer=of.num_layers,
-        n_head=of.num_heads, bos_token_id=BOS, eos_token_id=None, pad_token_id=PAD, layer_norm_epsilon=of.layer_norm_eps, activation_function="gelu_new",
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=of.tie_word_embeddings,
+        vocab_size=of.vocab_size,
+        n_positions=of.max_position_embeddings,
+        **sizes,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        activation_function="gelu_new",
+        layer_norm_epsilon=of.layer_norm_eps,
+        tie_word_embeddings=of.tie_word_embeddings,
+        bos_token_id=BOS,
+        eos_token_id=None,
+        pad_token_id=PAD,
         attn_implementation="eager",
-    )  # fmt: skip
+    )
     twin = GPT2LMHeadModel(config).eval()
     source, target = model.state_dict(), dict(twin.named_parameters())
     with torch.no_grad():
@@ -106,9 +115,6 @@ def check_against_gpt2(model: TransformerForCausalLM, ids: Tensor, labels: Tenso
     for _ in each_isa():
         got = _results(model, list(names), torch.float32, ids, labels, **options)
         check_all(_renamed(got, {name: name for name in names}), same, truth)
-
-
-_DTYPES = (torch.float32, torch.float64)
 
 
 def _renamed(results: Outputs, names: dict[str, str]) -> Outputs:
