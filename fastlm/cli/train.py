@@ -92,7 +92,7 @@ def _help(option: "dataclasses.Field[Any]") -> str:
     """The option's help, with what its default is in each kind of model."""
     text: str = option.metadata["help"]
     values = {name: defaults[option.name] for name, defaults in MODEL_DEFAULTS.items() if option.name in defaults}
-    return f"{text} Default: {values['gru']}, gpt2 {values['gpt2']}." if values else text
+    return f"{text} Default: {values['gru']}, transformers {values['gpt2']}." if values else text
 
 
 train_lm.__signature__ = _signature()  # type: ignore[attr-defined]

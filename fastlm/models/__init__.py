@@ -10,9 +10,22 @@ except ImportError as error:
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from fastlm.models.rnn import RNNCache, RNNConfig, RNNForCausalLM, RNNModel
+from fastlm.models.transformer import TransformerConfig, TransformerForCausalLM, TransformerModel
 
-__all__ = ["RNNCache", "RNNConfig", "RNNForCausalLM", "RNNModel"]
+__all__ = [
+    "RNNCache",
+    "RNNConfig",
+    "RNNForCausalLM",
+    "RNNModel",
+    "TransformerConfig",
+    "TransformerForCausalLM",
+    "TransformerModel",
+]
 
-AutoConfig.register(RNNConfig.model_type, RNNConfig, exist_ok=True)
-AutoModel.register(RNNConfig, RNNModel, exist_ok=True)
-AutoModelForCausalLM.register(RNNConfig, RNNForCausalLM, exist_ok=True)
+for _config, _model, _causal_lm in (
+    (RNNConfig, RNNModel, RNNForCausalLM),
+    (TransformerConfig, TransformerModel, TransformerForCausalLM),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+    AutoModelForCausalLM.register(_config, _causal_lm, exist_ok=True)

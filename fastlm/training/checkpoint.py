@@ -1,8 +1,6 @@
 """What a training run left: loaded, evaluated on a text, generated from."""
 
-import contextlib
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +12,7 @@ from transformers.generation import BaseStreamer
 
 from fastlm.integrations.transformers import NAME as ATTENTION
 from fastlm.integrations.transformers import register
-from fastlm.models import RNNForCausalLM
+from fastlm.models._causal import CausalLM
 from fastlm.training.data import Split, StreamDataset, split_file, tokenize
 from fastlm.training.metrics import bits_per_character, perplexity
 from fastlm.training.options import FILE_NAME, TrainingOptions
@@ -125,29 +123,13 @@ def generate(
     if not tokens:
         raise ValueError(f"prompt: expected text that the vocabulary knows, got {prompt!r}")
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if do_sample else {}
-    if isinstance(model, RNNForCausalLM):
-        with _impossible(model.lm_head.bias, tokenizer.unk_token_id):
-            for token in model.stream_tokens(tokens, max_new_tokens, do_sample, **sampling):
-                put(token)
+    unknown = [] if tokenizer.unk_token_id is None else [tokenizer.unk_token_id]  # there is nothing to write for it
+    if isinstance(model, CausalLM):
+        for token in model.stream_tokens(tokens, max_new_tokens, do_sample, suppress_tokens=unknown, **sampling):
+            put(token)
     else:
-        unknown = [] if tokenizer.unk_token_id is None else [tokenizer.unk_token_id]
         sampling = {"do_sample": do_sample, "suppress_tokens": unknown or None, **sampling}
         _generate_in_context(model, tokens, max_new_tokens, put, **sampling)
-
-
-@contextlib.contextmanager
-@torch.no_grad()
-def _impossible(bias: torch.Tensor, token: int | None) -> Iterator[None]:
-    """Keeps a token from being chosen: for the unknown one there is nothing to write."""
-    if token is None:
-        yield
-        return
-    before = bias[token].item()
-    bias[token] = -math.inf
-    try:
-        yield
-    finally:
-        bias[token] = before
 
 
 def _generate_in_context(

@@ -7,25 +7,27 @@ from typing import Any, Literal, get_args, get_type_hints
 
 FILE_NAME = "training_options.json"
 
-Model = Literal["gru", "lstm", "gpt2"]
+Model = Literal["gru", "lstm", "transformer", "gpt2"]
 Vocabulary = Literal["char", "word", "bpe"]
 Normalization = Literal["nfc", "nfkc", "none"]
 Optimizer = Literal["adamw", "adam", "sgd"]
 Schedule = Literal["constant", "linear", "cosine"]
 
-# What None stands for. gpt2 is nanoGPT's recipe for a CPU.
+# What None stands for. The transformers' is nanoGPT's recipe for a CPU.
 _RECURRENT = {
     "hidden_size": 512, "layers": 1, "seq_len": 128, "batch_size": 32, "steps": 1000, "lr": 3e-3, "dropout": 0.1,
     "weight_decay": 0.01,
 }  # fmt: skip
+_TRANSFORMER = {
+    "hidden_size": 128, "layers": 4, "seq_len": 64, "batch_size": 12, "steps": 2000, "lr": 1e-3, "dropout": 0.0,
+    "weight_decay": 0.1,
+}  # fmt: skip
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "gru": _RECURRENT,
     "lstm": _RECURRENT,
-    "gpt2": {
-        "hidden_size": 128, "layers": 4, "seq_len": 64, "batch_size": 12, "steps": 2000, "lr": 1e-3, "dropout": 0.0,
-        "weight_decay": 0.1,
-    },
-}  # fmt: skip
+    "transformer": _TRANSFORMER,
+    "gpt2": _TRANSFORMER,
+}
 
 # What may differ from the run that is resumed: how long, how often, and where things are.
 CHANGEABLE = {"data", "output", "steps", "epochs", "eval_every", "save_every", "log_every", "threads"}
@@ -42,13 +44,13 @@ class TrainingOptions:
     data: Path = _option(None, "UTF-8 text file.")
     output: Path | None = _option(None, "Folder to make. Default: named after the data and the model.")
 
-    model: Model = _option("gru", "Kind of model; gpt2 by itself is nanoGPT's recipe for a CPU.")
+    model: Model = _option("gru", "Kind of model; transformer is nanoGPT's recipe for a CPU, gpt2 transformers' of it.")
     embedding_size: int = _option(128, "Width of a token's embedding in gru and lstm.", 1)
     hidden_size: int | None = _option(None, "Width of the layers.", 1)
     layers: int | None = _option(None, "Number of layers.", 1)
-    heads: int = _option(4, "Attention heads of gpt2; they divide --hidden-size.", 1)
+    heads: int = _option(4, "Attention heads of a transformer; they divide --hidden-size.", 1)
     dropout: float | None = _option(None, "Share of activations dropped in training.", 0, 1)
-    tie: bool = _option(False, "gru and lstm: the output layer shares the embedding's weights (gpt2's always does).")
+    tie: bool = _option(False, "gru and lstm: the output layer shares the embedding's weights (a transformer's does).")
 
     vocabulary: Vocabulary = _option("char", "What a token is: a character, a word, or a byte pair (bpe).")
     vocab_size: int = _option(10_000, "Most entries of a vocabulary of words or byte pairs.", 2)
@@ -56,7 +58,7 @@ class TrainingOptions:
     lowercase: bool = _option(False, "Turn the text to lower case.")
     validation: float = _option(0.1, "Share of the text, at its end, kept for validation.", 0.0001, 0.9)
 
-    seq_len: int | None = _option(None, "Tokens a sequence: truncation of back-propagation, or gpt2's context.", 1)
+    seq_len: int | None = _option(None, "Tokens a sequence: truncation of back-propagation, or the context.", 1)
     batch_size: int | None = _option(None, "Sequences a step.", 1)
     accumulate: int = _option(1, "Batches whose gradients make one step.", 1)
     steps: int | None = _option(None, "Training steps.", 1)
@@ -74,6 +76,9 @@ class TrainingOptions:
     bf16: bool = _option(False, "Matrix products in bfloat16 (autocast).")
 
     eval_every: int = _option(250, "Steps between validations.", 1)
+    eval_batches: int | None = _option(
+        None, "Batches that a validation reads. Default: all; the final figure is of all in any case.", 1
+    )
     save_every: int | None = _option(
         None, "Steps between checkpoints: --eval-every or a multiple, the default being it.", 1
     )
@@ -98,6 +103,11 @@ class TrainingOptions:
                 f"is among those kept, got {self.save_every}"
             )
 
+    @property
+    def is_transformer(self) -> bool:
+        """Whether the model reads blocks of text, each by itself; the others read streams."""
+        return self.model in ("transformer", "gpt2")
+
     def resolved(self) -> "TrainingOptions":
         """A copy in which no default is left open."""
         filled = dict(MODEL_DEFAULTS[self.model], save_every=self.eval_every)
@@ -106,9 +116,9 @@ class TrainingOptions:
         if self.data is not None:
             filled["output"] = Path(f"{self.data.stem}-{self.model}")
         done = dataclasses.replace(self, **{name: it for name, it in filled.items() if getattr(self, name) is None})
-        if done.model == "gpt2" and done.seq_len < 2:  # type: ignore[operator]
-            raise ValueError(f"seq_len: expected at least 2 for gpt2, got {done.seq_len}")
-        if done.model == "gpt2" and done.hidden_size % done.heads:  # type: ignore[operator]
+        if done.is_transformer and done.seq_len < 2:  # type: ignore[operator]
+            raise ValueError(f"seq_len: expected at least 2 for {done.model}, got {done.seq_len}")
+        if done.is_transformer and done.hidden_size % done.heads:  # type: ignore[operator]
             raise ValueError(f"heads: expected a divisor of hidden_size ({done.hidden_size}), got {done.heads}")
         return done
 

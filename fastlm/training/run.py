@@ -27,7 +27,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from fastlm.integrations.transformers import NAME as ATTENTION
 from fastlm.integrations.transformers import register
-from fastlm.models import RNNConfig, RNNForCausalLM
+from fastlm.models import RNNConfig, RNNForCausalLM, TransformerConfig, TransformerForCausalLM
 from fastlm.training.data import BlockDataset, StreamDataset, Tokens, split_file, tokenize
 from fastlm.training.options import FILE_NAME, TrainingOptions
 from fastlm.training.plot import plot_losses
@@ -44,7 +44,9 @@ class Result:
     output: Path
     step: int
     interrupted: bool  # by Ctrl-C; a checkpoint of that step is there
-    loss: float | None  # of the validation text, in nats a token; the best one, whose weights are in the output folder
+    # Of the validation text, in nats a token: the best one, whose weights are in the output folder. Of a run that was
+    # interrupted, as it was measured on the way (--eval-batches).
+    loss: float | None
     characters_per_token: float  # of the validation text
 
 
@@ -100,7 +102,8 @@ def train(
     state = trainer.state
     interrupted = state.global_step < state.max_steps
     _finish(trainer, output, interrupted)
-    return Result(output, state.global_step, interrupted, state.best_metric, corpus.characters_per_token)
+    loss = state.best_metric if interrupted else trainer.final_loss()
+    return Result(output, state.global_step, interrupted, loss, corpus.characters_per_token)
 
 
 def quiet() -> None:
@@ -139,6 +142,17 @@ def _check_length(options: TrainingOptions, part: str, length: int, unit: str) -
 
 def make_model(options: TrainingOptions, vocab_size: int) -> PreTrainedModel:
     """A model with new weights."""
+    if options.model == "transformer":
+        return TransformerForCausalLM(
+            TransformerConfig(
+                vocab_size=vocab_size,
+                hidden_size=options.hidden_size,
+                num_layers=options.layers,
+                num_heads=options.heads,
+                max_position_embeddings=options.seq_len,
+                dropout=options.dropout,
+            )
+        )
     if options.model == "gpt2":
         register()
         config = GPT2Config(
@@ -176,7 +190,7 @@ def make_trainer(
     seq_len, batch = options.seq_len, options.batch_size
     train_set: Any = StreamDataset(corpus.train, seq_len, batch)  # type: ignore[arg-type]
     batch = train_set.rows
-    if options.model == "gpt2":
+    if options.is_transformer:
         train_set = BlockDataset(corpus.train, seq_len)  # type: ignore[arg-type]
     valid_set = StreamDataset(corpus.valid, seq_len, batch)  # type: ignore[arg-type]
     interrupt = StopOnInterrupt()
@@ -186,6 +200,7 @@ def make_trainer(
         model,
         _make_arguments(options, output, batch, valid_set.rows),
         label_smoothing=options.label_smoothing,
+        eval_batches=options.eval_batches,
         train_dataset=train_set,
         eval_dataset=valid_set,
         processing_class=corpus.tokenizer,
@@ -210,7 +225,7 @@ def _make_arguments(options: TrainingOptions, output: Path, batch_size: int, eva
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=eval_rows,
         gradient_accumulation_steps=options.accumulate,
-        train_sampling_strategy="random" if options.model == "gpt2" else "sequential",
+        train_sampling_strategy="random" if options.is_transformer else "sequential",
         learning_rate=options.lr,
         lr_scheduler_type=schedule,
         lr_scheduler_kwargs=settings,

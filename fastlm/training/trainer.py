@@ -1,6 +1,7 @@
 """transformers' Trainer for language models: targets that are already shifted, and a state carried along the text."""
 
 import contextlib
+import itertools
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastlm.models import RNNCache, RNNForCausalLM
+from fastlm.models import RNNCache, RNNForCausalLM, TransformerForCausalLM
 from fastlm.ops import linear_cross_entropy
 from fastlm.training.data import IGNORED, Batch, BlockDataset
 
@@ -28,17 +29,17 @@ def next_token_loss(
 ) -> tuple[Tensor, RNNCache | None]:
     """Mean cross-entropy (nats) of a batch's targets, and the state to go on from, detached; None in a transformer."""
     inputs, targets = batch["input_ids"], batch["shift_labels"]
-    if isinstance(model, RNNForCausalLM):
-        state = None if batch["first"] else state
+    if isinstance(model, RNNForCausalLM | TransformerForCausalLM):
+        recurrent = isinstance(model, RNNForCausalLM)
         output = model(
             inputs,
-            past_key_values=state,
+            past_key_values=None if batch["first"] else state,
             shift_labels=targets,
-            use_cache=True,
+            use_cache=recurrent,
             skip_logits=True,
             label_smoothing=label_smoothing,
         )
-        return output.loss, output.past_key_values.detach()
+        return output.loss, output.past_key_values.detach() if recurrent else None
     hidden = model.base_model(inputs, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
     loss = linear_cross_entropy(hidden, head.weight, targets, head.bias, IGNORED, label_smoothing=label_smoothing)
@@ -64,9 +65,11 @@ class LanguageModelTrainer(Trainer):
     accumulated), starts from zero with the streams, and is saved and restored with every checkpoint.
     """
 
-    def __init__(self, *args: Any, label_smoothing: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, label_smoothing: float = 0.0, eval_batches: int | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, data_collator=_same, **kwargs)
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.eval_batches = label_smoothing, eval_batches
         self.carried: RNNCache | None = None
         # The loss is a mean; counting targets for another one would take time in every step.
         self.model_accepts_loss_kwargs = False
@@ -83,8 +86,15 @@ class LanguageModelTrainer(Trainer):
     def evaluation_loop(self, dataloader: Iterable[Batch], *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Replaces a loop that weighs all batches alike and knows no state."""
         with self.compute_loss_context_manager():
-            loss, count = mean_loss(self.model, dataloader)
+            loss, count = mean_loss(self.model, itertools.islice(dataloader, self.eval_batches))
         return EvalLoopOutput(None, None, {f"{kwargs.get('metric_key_prefix', 'eval')}_loss": loss}, count)
+
+    def final_loss(self) -> float:
+        """Of the best weights, after training, on the whole of the validation text."""
+        if self.eval_batches is None:
+            return self.state.best_metric
+        with self.compute_loss_context_manager():
+            return mean_loss(self.model, self.get_eval_dataloader())[0]
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Not counted: it would take time in every step."""

@@ -33,7 +33,9 @@ def figure(text, name):
     return float(re.search(rf"^{name} +([\d.]+)", text, re.MULTILINE)[1])
 
 
-@pytest.mark.parametrize(("model", "vocabulary"), [("gru", "char"), ("lstm", "word"), ("gpt2", "bpe")])
+@pytest.mark.parametrize(
+    ("model", "vocabulary"), [("gru", "char"), ("lstm", "word"), ("transformer", "word"), ("gpt2", "bpe")]
+)
 def test_train_evaluate_generate(model, vocabulary, text_file, tmp_path, capsys):
     output = tmp_path / "out"
     options = ["--model", model, "--vocabulary", vocabulary, "--vocab-size", "300", "--steps", "8"]
@@ -133,7 +135,7 @@ def test_bad_data_is_one_line_and_leaves_nothing(content, message, tmp_path, cap
         (["train", "lm"], "expected a text file, in --data or FASTLM_DATA"),
         (["train", "lm", "--data", "x", "--steps", "many"], "--steps"),
         (["train", "lm", "--data", "x", "--hidden-size", "0"], "--hidden-size"),
-        (["train", "lm", "--data", "x", "--model", "rnn"], "'gru', 'lstm', 'gpt2'"),
+        (["train", "lm", "--data", "x", "--model", "rnn"], "'gru', 'lstm', 'transformer', 'gpt2'"),
         (["train", "lm", "--data", "x", "--steps", "1", "--epochs", "1"], "steps, epochs: expected one of them"),
         (["train", "lm", "--resume"], "expected the folder of the run to resume"),
         (["train", "lm", "--resume", "--output", "nowhere"], "found no training_options.json"),

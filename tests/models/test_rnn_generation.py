@@ -8,8 +8,8 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TextStreamer, TopKLogitsWarper, TopPLogitsWarper
 
 from fastlm.models import RNNCache
+from fastlm.models._sampling import Sampling
 from fastlm.models.rnn.generation import Engine
-from fastlm.models.rnn.sampling import Sampling
 from tests.models.small import CELLS, KINDS, PAD, VOCABULARY, make_model, random_ids, twin_of
 from tests.numerics import check, each_isa
 

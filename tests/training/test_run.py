@@ -12,6 +12,9 @@ import pytest
 from transformers import TrainerCallback
 
 from fastlm.training import Checkpoint, TrainingOptions, evaluate, train
+from fastlm.training.data import StreamDataset
+from fastlm.training.run import load_corpus
+from fastlm.training.trainer import mean_loss
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {"embedding_size": 8, "hidden_size": 16, "heads": 2, "layers": 1, "seq_len": 16, "batch_size": 4}
@@ -46,6 +49,7 @@ def resume(output: Path, **changes):
 MODELS = [
     {"model": "gru"},
     {"model": "lstm", "layers": 2, "accumulate": 2, "vocabulary": "word"},
+    {"model": "transformer"},
     {"model": "gpt2", "optimizer": "adam", "vocabulary": "bpe", "vocab_size": 300},
 ]
 
@@ -102,6 +106,25 @@ def test_best_weights_are_kept(text_file, tmp_path):
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in result.output.iterdir()}
 
 
+def test_validation_may_read_a_few_batches(text_file, tmp_path):
+    """On the way; the run's own figure is of the whole text."""
+    whole, part = (
+        train(options_for(text_file, tmp_path / str(count), model="transformer", eval_batches=count))
+        for count in (None, 2)
+    )
+    assert (whole.output / "model.safetensors").read_bytes() == (part.output / "model.safetensors").read_bytes()
+    assert part.loss == pytest.approx(whole.loss, rel=1e-6)
+    of_whole, of_part = (losses(result.output)[12, "eval_loss"] for result in (whole, part))
+    assert of_whole == whole.loss
+    assert of_part != pytest.approx(of_whole, rel=1e-4)
+    options = TrainingOptions.load(part.output)
+    corpus, model = load_corpus(options, part.output), Checkpoint.load(part.output).model
+    stream = StreamDataset(corpus.valid, 16, 4)
+    expected, targets = mean_loss(model, [stream.__getitems__([*range(i, i + 4)]) for i in (0, 4)])
+    assert targets == 2 * 4 * 16
+    assert of_part == pytest.approx(expected, rel=1e-6)
+
+
 def test_divergence_is_an_error(text_file, tmp_path):
     options = options_for(text_file, tmp_path / "out", lr=1e38, optimizer="sgd", clip=0.0)
     with pytest.raises(ValueError, match="never a finite number; train with a lower lr"):
@@ -128,7 +151,7 @@ def test_resume_without_a_checkpoint_begins_again(text_file, tmp_path):
     assert losses(options.output) == pytest.approx(losses(whole.output), rel=1e-6)
 
 
-@pytest.mark.parametrize("model", ["gru", "gpt2"])
+@pytest.mark.parametrize("model", ["gru", "transformer", "gpt2"])
 def test_bfloat16_is_near_float32(model, text_file, tmp_path):
     full, half = (train(options_for(text_file, tmp_path / str(on), model=model, bf16=on)) for on in (False, True))
     assert half.loss != full.loss
@@ -142,8 +165,10 @@ def test_bfloat16_is_near_float32(model, text_file, tmp_path):
         ({"seq_len": 200, "vocabulary": "word"}, "expected at least 201 tokens of validation text"),
         ({"vocabulary": "bpe", "vocab_size": 20}, "vocab_size: expected at least 256 for bpe, got 20"),
         ({"model": "gpt2", "heads": 3}, "heads: expected a divisor of hidden_size"),
+        ({"model": "transformer", "heads": 3}, "heads: expected a divisor of hidden_size"),
+        ({"model": "transformer", "seq_len": 1}, "seq_len: expected at least 2 for transformer, got 1"),
     ],
-    ids=["short", "few-words", "bpe", "heads"],
+    ids=["short", "few-words", "bpe", "heads-gpt2", "heads", "context"],
 )
 def test_nothing_is_written_before_all_is_found_good(changes, message, text_file, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -156,7 +181,7 @@ def test_nothing_is_written_before_all_is_found_good(changes, message, text_file
     [
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"dropout": math.nan}, "dropout: expected 0 to 1, got nan"),
-        ({"model": "rnn"}, "model: expected one of gru, lstm, gpt2, got rnn"),
+        ({"model": "rnn"}, "model: expected one of gru, lstm, transformer, gpt2, got rnn"),
         ({"steps": 3, "epochs": 1.0}, "steps, epochs: expected one of them"),
         ({"save_every": 6}, "save_every: expected a multiple of eval_every"),
     ],

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from fastlm.models import RNNConfig, RNNForCausalLM
+from fastlm.models import RNNConfig, RNNForCausalLM, TransformerConfig, TransformerForCausalLM
 from fastlm.training.data import BlockDataset, StreamDataset
 from fastlm.training.trainer import STATE_FILE, load_state, mean_loss, next_token_loss
 from tests.training.test_data import tokens_of
@@ -19,6 +19,11 @@ def recurrent(cell="gru", dropout=0.0):
 
 
 def transformer():
+    sizes = {"max_position_embeddings": 8, "hidden_size": 8, "num_layers": 1, "num_heads": 2}
+    return TransformerForCausalLM(TransformerConfig(vocab_size=VOCABULARY, **sizes))
+
+
+def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = {"n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
@@ -51,7 +56,7 @@ def test_gradients_stop_between_batches():
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("make", [recurrent, transformer])
+@pytest.mark.parametrize("make", [recurrent, transformer, gpt2])
 def test_loss_is_the_cross_entropy(make, smoothing):
     model, batch = make().eval(), BlockDataset(random_tokens(50), 8).__getitems__([3, 20, 40])
     batch["shift_labels"][0, -3:] = -100

@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from fastlm.models._configuration import check_dropout, check_sizes, check_tokens
+
 CELLS = ("gru", "lstm")
 
 
@@ -44,25 +46,9 @@ class RNNConfig(PreTrainedConfig):
     use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name in ("vocab_size", "embedding_size", "hidden_size", "num_layers"):
-            value = getattr(self, name)
-            if not _is_int(value) or value < 1:
-                raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        check_sizes(self, "vocab_size", "embedding_size", "hidden_size", "num_layers")
         if self.cell not in CELLS:
             raise ValueError(f"cell: expected one of {', '.join(map(repr, CELLS))}, got {self.cell!r}")
-        number = isinstance(self.dropout, int | float) and not isinstance(self.dropout, bool)
-        if not number or not 0 <= self.dropout <= 1:
-            raise ValueError(f"dropout: expected a number from 0 to 1, got {self.dropout!r}")
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            self._check_token(name)
+        check_dropout(self)
+        check_tokens(self)
         super().__post_init__(**kwargs)
-
-    def _check_token(self, name: str) -> None:
-        value = getattr(self, name)
-        for token in value if isinstance(value, list) and name == "eos_token_id" else [value]:
-            if token is not None and not (_is_int(token) and 0 <= token < self.vocab_size):
-                raise ValueError(f"{name}: expected None or 0 to {self.vocab_size - 1} (vocab_size - 1), got {value!r}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

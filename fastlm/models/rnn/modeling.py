@@ -1,23 +1,18 @@
 """RNNModel and RNNForCausalLM: embedding, GRU or LSTM stack, output layer."""
 
-from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from fastlm import ops
-from fastlm.models.rnn import generation
+from fastlm.models._causal import CausalLM
 from fastlm.models.rnn.cache import RNNCache
 from fastlm.models.rnn.configuration import RNNConfig
-from fastlm.models.rnn.sampling import Sampling
+from fastlm.models.rnn.generation import Engine
 from fastlm.nn import GRU, LSTM
-
-IGNORE_INDEX = -100
 
 
 class RNNPreTrainedModel(PreTrainedModel):
@@ -158,7 +153,7 @@ def _find_padding(mask: Tensor | None, batch: int, steps: int, seen: int) -> _Pa
     return _Padding(torch.argsort(~real, dim=1, stable=True), real.sum(1))
 
 
-class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
+class RNNForCausalLM(CausalLM, RNNPreTrainedModel, GenerationMixin):
     """An `RNNModel` and an output layer with a bias, whose weights may be the embeddings (tie_word_embeddings).
 
     Initial weights as in `RNNModel`.
@@ -216,84 +211,9 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
         # A tuple, for transformers' outputs cost as much as a step of a small model.
         output, *cache = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, False)
         # (T, B, *), as the stack laid it out: neither the projection nor the loss then copies.
-        hidden = self.projection(self.dropout(output).transpose(0, 1))
-        loss = None
-        # Not an argument: the Trainer would evaluate only on data that have every argument with "label" in its name.
-        if labels is not None or kwargs.get("shift_labels") is not None:
-            loss = self._compute_loss(hidden, labels, **kwargs)
-        elif skip_logits:
-            raise ValueError("skip_logits: expected labels or shift_labels with skip_logits=True")
-        logits = None
-        if not (self.training and loss is not None if skip_logits is None else skip_logits):
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[kept].transpose(0, 1))
+        hidden = self.projection(self.dropout(output).transpose(0, 1)).transpose(0, 1)
+        loss, logits = self._score(hidden, labels, logits_to_keep, skip_logits, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache[0] if cache else None)
 
-    def _compute_loss(
-        self,
-        hidden: Tensor,
-        labels: Tensor | None,
-        shift_labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        ignore_index: int = IGNORE_INDEX,
-        label_smoothing: float = 0.0,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Of hidden (T, B, D); the rest as of `forward`."""
-        name, target = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
-        assert target is not None
-        steps, batch, _ = hidden.shape
-        if target.shape != (batch, steps):
-            raise ValueError(f"{name}: expected shape {(batch, steps)} (B, T), got {tuple(target.shape)}")
-        if shift_labels is None:
-            target = F.pad(target[:, 1:], (0, 1), value=ignore_index)
-        loss = ops.linear_cross_entropy(
-            hidden,
-            self.lm_head.weight,
-            target.t(),
-            self.lm_head.bias,
-            ignore_index=ignore_index,
-            reduction="mean" if num_items_in_batch is None else "sum",
-            label_smoothing=label_smoothing,
-        )
-        if num_items_in_batch is None:
-            return loss
-        return loss / num_items_in_batch
-
-    def stream_tokens(
-        self,
-        input_ids: Tensor | Sequence[int],
-        max_new_tokens: int,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        eos_token_id: int | Sequence[int] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[int]:
-        """Yields the tokens that `generate` would append to one prompt, each as soon as it is known, at less cost.
-
-        The weights are those at the first token; changing them meanwhile changes nothing. Dropout plays no part.
-
-        Args:
-            input_ids (Tensor or sequence of int): the prompt, (T,) or (1, T), at least one token.
-            max_new_tokens (int): yield no more than this.
-            do_sample (bool): draw from the distribution; False takes the most likely token. Default: False.
-            temperature (float): divides the logits, above 0. Default: 1.
-            top_k (int): draw among so many most likely tokens; 0: among all. Default: 0.
-            top_p (float): draw among the fewest most likely tokens that have this probability together. Default: 1.
-            eos_token_id (int or sequence of int, optional): the last token to yield. Default: None, those of
-                generation_config; () for none.
-            generator (torch.Generator, optional): to draw with. Default: torch's own.
-
-        Raises:
-            ValueError: an empty prompt, more than one prompt, a number out of range, or a model that is not on the CPU.
-        """
-        if eos_token_id is None:
-            eos_token_id = self.generation_config.eos_token_id
-        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
-        sampling = Sampling(temperature, top_k, top_p, generator) if do_sample else None
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens: expected a whole number of at least 0, got {max_new_tokens!r}")
-        prompt = generation.check_prompt(input_ids, self.config.vocab_size)
-        return generation.stream_tokens(self, prompt, max_new_tokens, sampling, ends)
+    def _make_engine(self) -> Engine:
+        return Engine(self)

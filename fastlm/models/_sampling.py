@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class Sampling:
-    """How to draw; the arguments of `RNNForCausalLM.stream_tokens`."""
+    """How to draw; the arguments of `stream_tokens`."""
 
     def __init__(
         self,
