@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import fastlm
+from fastlm import _native
 from fastlm.models import TransformerConfig, TransformerForCausalLM, TransformerModel
 from tests.models.small import PAD, VOCABULARY, random_ids
 from tests.models.small_transformer import CONTEXT, check_against_gpt2, gpt2_of, make_transformer
@@ -149,6 +150,7 @@ def test_dropout() -> None:
     assert torch.equal(first, model(ids).logits)
 
 
+@pytest.mark.skipif(_native.module is None, reason="needs the extension")
 def test_a_training_step_copies_nothing_forward_and_once_a_layer_backward() -> None:
     model, ids = make_transformer(num_layers=3).train(), random_ids(3, CONTEXT)
     model(ids, shift_labels=ids).loss.backward()
