@@ -13,13 +13,14 @@ Normalization = Literal["nfc", "nfkc", "none"]
 Optimizer = Literal["adamw", "adam", "sgd"]
 Schedule = Literal["constant", "linear", "cosine"]
 
-# What None stands for. The transformers' is nanoGPT's recipe for a CPU.
+# What None stands for. The transformers' is nanoGPT's recipe for a CPU but for its learning rate, 1e-3, which ends at a
+# validation loss of 1.90 on tinyshakespeare where this one ends at 1.79.
 _RECURRENT = {
     "hidden_size": 512, "layers": 1, "seq_len": 128, "batch_size": 32, "steps": 1000, "lr": 3e-3, "dropout": 0.1,
     "weight_decay": 0.01,
 }  # fmt: skip
 _TRANSFORMER = {
-    "hidden_size": 128, "layers": 4, "seq_len": 64, "batch_size": 12, "steps": 2000, "lr": 1e-3, "dropout": 0.0,
+    "hidden_size": 128, "layers": 4, "seq_len": 64, "batch_size": 12, "steps": 2000, "lr": 3e-3, "dropout": 0.0,
     "weight_decay": 0.1,
 }  # fmt: skip
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
