@@ -14,7 +14,7 @@ Optimizer = Literal["adamw", "adam", "sgd"]
 Schedule = Literal["constant", "linear", "cosine"]
 
 # What None stands for. The transformers' is nanoGPT's recipe for a CPU but for its learning rate, 1e-3, which ends at a
-# validation loss of 1.90 on tinyshakespeare where this one ends at 1.79.
+# validation loss of 1.90 on tinyshakespeare where this one ends at 1.77.
 _RECURRENT = {
     "hidden_size": 512, "layers": 1, "seq_len": 128, "batch_size": 32, "steps": 1000, "lr": 3e-3, "dropout": 0.1,
     "weight_decay": 0.01,
