@@ -31,7 +31,7 @@ def gelu(x: Tensor) -> Tensor:
     Hendrycks & Gimpel 2016 (arXiv:1606.08415).
     """
     if _common.is_plain(x):
-        return (_recorded if _common.requires_grad(x) else _forward_plain)(x)
+        return (_recorded if _common.requires_grad(x) else _forward_plain)(x)  # type: ignore[return-value]
     _common.check_same({"x": x})
     # As torch's own it keeps its input's dtype under autocast.
     with torch.autocast(x.device.type, enabled=False):
