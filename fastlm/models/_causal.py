@@ -23,7 +23,7 @@ class CausalLM:
     generation_config: Any
 
     def _make_engine(self) -> _generation.Engine:
-        raise NotImplementedError
+        raise NotImplementedError  # every model says it
 
     def _score(
         self,

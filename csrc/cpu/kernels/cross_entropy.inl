@@ -34,7 +34,7 @@ class CrossEntropy {
       Layout l;
       l.keeps_logits = p.losses && (p.grad_hidden || p.grad_weight || p.grad_bias);
       const int64_t room = l.keeps_logits ? kLogitsBytes / (p.vocab * static_cast<int64_t>(sizeof(T))) : p.rows;
-      const int64_t rows = std::min({room, kBlockDepth<T>, std::max<int64_t>(p.live_rows, 1)});
+      const int64_t rows = std::max<int64_t>(1, std::min({room, kBlockDepth<T>, p.live_rows}));
       l.block_rows = (rows + kCols<T> - 1) / kCols<T> * kCols<T>;
       l.row_stride = FASTLM_ISA_NAMESPACE::row_stride<T>(panels_for<T>(p.dim) * kCols<T>);
       l.logit_stride = FASTLM_ISA_NAMESPACE::row_stride<T>(l.block_rows);
