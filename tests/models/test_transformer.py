@@ -251,6 +251,8 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match=r"attention_mask: expected shape \(3, 7\), got \(3, 6\)"):
         model(ids, attention_mask=LEFT[:, 1:])
     too_long = r"input_ids: expected at most 24 tokens \(max_position_embeddings\), got 25"
+    with pytest.raises(TypeError, match="past_key_values: expected a Cache of transformers, got tuple"):
+        model(ids, past_key_values=())
     with pytest.raises(ValueError, match=too_long):
         model(random_ids(2, CONTEXT + 1))
     full = model(random_ids(1, CONTEXT)).past_key_values

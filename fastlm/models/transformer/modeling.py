@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel, initialization
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -161,6 +161,7 @@ class TransformerModel(TransformerPreTrainedModel):
         Raises:
             ValueError: not exactly one of input_ids and inputs_embeds, a mask of another shape, a position beyond
                 max_position_embeddings.
+            TypeError: past_key_values is no Cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: expected exactly one of input_ids and inputs_embeds")
@@ -168,6 +169,8 @@ class TransformerModel(TransformerPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         keep = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         cache = past_key_values
+        if cache is not None and not isinstance(cache, Cache):
+            raise TypeError(f"past_key_values: expected a Cache of transformers, got {type(cache).__name__}")
         if keep and cache is None:
             cache = DynamicCache(config=self.config)
         seen = 0 if cache is None else cache.get_seq_length()
