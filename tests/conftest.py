@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastlm import _backend, _native
+from tests.numerics import differs
 
 ISAS = ["pure"] if _native.module is None else _native.module.cpu_isas()
 
@@ -21,12 +22,18 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what is marked full unless FASTLM_TEST_FULL=1."""
-    if os.environ.get("FASTLM_TEST_FULL", "0") not in ("", "0"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("full")]
+    """Leaves out what is marked full unless FASTLM_TEST_FULL=1, and what would run the same kernels twice."""
+    full = os.environ.get("FASTLM_TEST_FULL", "0") not in ("", "0")
+    left_out = [item for item in items if (item.get_closest_marker("full") and not full) or _is_another_again(item)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+def _is_another_again(item: pytest.Item) -> bool:
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    if "isa" not in parameters or item.get_closest_marker("bfloat16"):
+        return False
+    return not differs(parameters["isa"], parameters.get("dtype", torch.float32))
 
 
 @pytest.fixture(autouse=True)

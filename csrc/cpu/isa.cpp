@@ -4,6 +4,12 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fastlm::cpu {
 
 #define FASTLM_DECLARE_ISA(isa)                                                                                     \
@@ -33,18 +39,23 @@ namespace fastlm::cpu {
   constexpr Kernels<BFloat16> kBFloat16{&kGruBFloat16, &kLstmBFloat16, &kAttentionBFloat16, &kCrossEntropyBFloat16, \
                                         &kGeluBFloat16};                                                            \
   }
+// An instruction set for products of BFloat16; the rest is another's.
+#define FASTLM_DECLARE_BFLOAT16_ISA(isa, rest)                                                          \
+  namespace isa {                                                                                       \
+  extern const AttentionKernels<BFloat16> kAttentionBFloat16;                                           \
+  constexpr Kernels<BFloat16> kBFloat16{&rest::kGruBFloat16, &rest::kLstmBFloat16, &kAttentionBFloat16, \
+                                        &rest::kCrossEntropyBFloat16, &rest::kGeluBFloat16};            \
+  }
 FASTLM_DECLARE_ISA(scalar)
 #if defined(__x86_64__)
 FASTLM_DECLARE_ISA(avx2)
 FASTLM_DECLARE_ISA(avx512)
-namespace avx512_bf16 {
-extern const AttentionKernels<BFloat16> kAttentionBFloat16;
-constexpr Kernels<BFloat16> kBFloat16{&avx512::kGruBFloat16, &avx512::kLstmBFloat16, &kAttentionBFloat16,
-                                      &avx512::kCrossEntropyBFloat16, &avx512::kGeluBFloat16};
-}  // namespace avx512_bf16
+FASTLM_DECLARE_BFLOAT16_ISA(avx512_bf16, avx512)
+FASTLM_DECLARE_BFLOAT16_ISA(avx512_amx, avx512)
 #endif
 #ifdef FASTLM_WIDE_ISA
 FASTLM_DECLARE_ISA(wide)
+FASTLM_DECLARE_BFLOAT16_ISA(wide_amx, wide)
 #endif
 
 namespace {
@@ -52,6 +63,7 @@ namespace {
 struct Isa {
   const char* name;
   bool (*usable)();
+  bool (*wanted)();  // where usable, but not asked for by name
   const Kernels<float>* kernels_float;
   const Kernels<double>* kernels_double;
   const Kernels<BFloat16>* kernels_bfloat16;
@@ -65,25 +77,43 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+// Intel's cores take two cycles for a product of pairs and so are slower than with multiply-adds of floats.
+bool has_fast_pairs() { return !__builtin_cpu_is("intel"); }
+// Tile registers are a process's own only after it asked the system for them.
+bool has_avx512_amx() {
+#if defined(__linux__)
+  unsigned a, b, c, d;
+  constexpr unsigned kTiles = 1u << 24, kProducts = 1u << 22;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return has_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) && (d & kProducts) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
 #endif
+}
+#endif
+bool always() { return true; }
 
-// Plainest first: the default is the last usable one that is not for tests.
+// Plainest first: the default is the last one usable and wanted; those for tests stand before avx2.
 const Isa kIsas[] = {
-    {"scalar", [] { return true; }, &scalar::kFloat, &scalar::kDouble, &scalar::kBFloat16},
+    {"scalar", always, always, &scalar::kFloat, &scalar::kDouble, &scalar::kBFloat16},
 #ifdef FASTLM_WIDE_ISA
-    {"wide", has_avx2, &wide::kFloat, &wide::kDouble, &wide::kBFloat16},
+    {"wide", has_avx2, always, &wide::kFloat, &wide::kDouble, &wide::kBFloat16},
+    {"wide_amx", has_avx2, always, &wide::kFloat, &wide::kDouble, &wide_amx::kBFloat16},
 #endif
 #if defined(__x86_64__)
-    {"avx2", has_avx2, &avx2::kFloat, &avx2::kDouble, &avx2::kBFloat16},
-    {"avx512", has_avx512, &avx512::kFloat, &avx512::kDouble, &avx512::kBFloat16},
-    {"avx512_bf16", has_avx512_bf16, &avx512::kFloat, &avx512::kDouble, &avx512_bf16::kBFloat16},
+    {"avx2", has_avx2, always, &avx2::kFloat, &avx2::kDouble, &avx2::kBFloat16},
+    {"avx512", has_avx512, always, &avx512::kFloat, &avx512::kDouble, &avx512::kBFloat16},
+    {"avx512_bf16", has_avx512_bf16, has_fast_pairs, &avx512::kFloat, &avx512::kDouble, &avx512_bf16::kBFloat16},
+    {"avx512_amx", has_avx512_amx, always, &avx512::kFloat, &avx512::kDouble, &avx512_amx::kBFloat16},
 #endif
 };
 
 const Isa* choose(const std::string& name, const char* source) {
   const Isa* best = nullptr;
   for (const Isa& isa : kIsas) {
-    if (!isa.usable() || (!name.empty() && name != isa.name)) continue;
+    if (name.empty() ? !isa.wanted() : name != isa.name) continue;
+    if (!isa.usable()) continue;
     best = &isa;
   }
   if (best) return best;

@@ -126,7 +126,7 @@ def test_stream_tokens_in_training_mode() -> None:
 def test_logits_of_the_engine(cell: str, output: str, dtype: torch.dtype) -> None:
     model, ids = make_model(cell, output).to(dtype), random_ids(1, 9)
     same, truth = model(ids).logits[0, 3:], copy.deepcopy(model).double()(ids).logits[0, 3:]
-    for _ in each_isa():
+    for _ in each_isa(dtype):
         engine = Engine(model)
         hidden = [engine.prefill(ids[0, :4]), *(engine.step(int(token)) for token in ids[0, 4:])]
         check("logits", model.lm_head(torch.cat(hidden)), same, truth)

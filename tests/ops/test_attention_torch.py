@@ -40,7 +40,7 @@ def check_against_torch(*inputs: Tensor, **options: object) -> None:
         same = scaled_to_float64(results(THEIRS, torch.float32, inputs, options), truth)
     else:
         same = results(THEIRS, dtype, inputs, options)
-    for _ in each_isa():
+    for _ in each_isa(dtype):
         check_all(results(OURS, dtype, inputs, options), same, truth, 1.0)
 
 

@@ -60,6 +60,7 @@ def test_a_layer_is_one_op_each_way(kind: str) -> None:
     assert ops_called(forward_backward, run_fastlm, case) == [f"{kind}_forward", f"{kind}_backward"]
 
 
+@pytest.mark.bfloat16
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(1, 1, 8, 16), (12, 5, 24, 40)], ids=("step", "sequence"))
 def test_bfloat16(isa: str, kind: str, shape: tuple[int, ...]) -> None:

@@ -47,6 +47,7 @@ def test_against_single_sequences(kind: str, form: str, reverse: bool) -> None:
         check_recurrent(case)
 
 
+@pytest.mark.bfloat16
 @kinds
 @forms
 def test_in_other_dtypes(isa: str, kind: str, form: str) -> None:

@@ -40,6 +40,7 @@ void attention_forward(const AttentionForwardParams<S>& p, const AttentionPlan& 
   std::vector<typename Pass::Buffers> buffers;
   for (int i = 0; i < plan.threads; ++i) buffers.push_back(Pass::Buffers::take(workspace, p, plan.most_rows));
   run_team(parallel_for, plan.threads, plan.work_ns, [&](const Team& team) {
+    const TileRegisters in_use;
     Pass pass(p, buffers[team.rank]);
     share_all(team, static_cast<int64_t>(plan.items.size()), [&](int64_t i) { pass.run(plan.items[i]); });
   });
@@ -60,6 +61,7 @@ void attention_backward(const AttentionBackwardParams<S>& p, const AttentionPlan
     buffers[i].partial = buffers[0].partial;
   }
   run_team(parallel_for, plan.threads, plan.work_ns, [&](const Team& team) {
+    const TileRegisters in_use;
     Pass pass(p, plan, buffers[team.rank]);
     share_all(team, static_cast<int64_t>(plan.items.size()), [&](int64_t i) { pass.run(plan.items[i]); });
     if (plan.parts == 1) return;

@@ -16,6 +16,7 @@ class AttentionBackward {
   using E = Operand<S>;
   using V = Vec<T>;
   static constexpr int64_t kBlockKeys = 64, kBlockQueries = 128;  // both matrices of a block stay near
+  static constexpr int64_t kRows = kOperandRows<E>;               // of a tile
 
   struct Buffers {
     // Of one member. Rows: all queries, or all keys of an item.
@@ -189,7 +190,7 @@ class AttentionBackward {
     const int64_t n = block.end - block.begin, tiles = tile_count(block);
     return {block.begin + n * t / tiles, block.begin + n * (t + 1) / tiles};
   }
-  static int64_t tile_count(Team::Range block) { return (block.end - block.begin + kTileRows - 1) / kTileRows; }
+  static int64_t tile_count(Team::Range block) { return (block.end - block.begin + kRows - 1) / kRows; }
 
   // What the tiles of a block see; false: nothing.
   bool look(const HeadScores<S>& rule, Team::Range block, int64_t first, int64_t last) {
@@ -248,7 +249,7 @@ class AttentionBackward {
       }
       E* rows = buffers_.grad_rows + (begin - block.begin) * s_stride_;
       if constexpr (kPairs<E>)
-        for (int64_t r = 0; r < end - begin; ++r) round_row(grads + r * s_stride_, rows + r * s_stride_, 1);
+        for (int64_t r = 0; r < end - begin; ++r) round_row(grads + r * s_stride_, rows + r * s_stride_);
       multiply<false>(
           end - begin, keys.end - from, p_.dim,
           PanelProduct<E>{rows + from, s_stride_, buffers_.key_rows + from * q_stride_, kPairing<E> * q_stride_,
@@ -257,21 +258,23 @@ class AttentionBackward {
     }
   }
 
-  // A row of a block's matrix as an operand, its elements `step` apart.
-  static void round_row(const T* from, BFloat16* to, int64_t step) {
-    BFloat16 row[kBlockKeys];
-    for (int64_t i = 0; i < kBlockKeys; i += V::kLanes) store_as(V::load(from + i), row + i, V::kLanes);
-    for (int64_t i = 0; i < kBlockKeys; ++i) to[i * step] = row[i];
+  // A row of a block's matrix as an operand.
+  static void round_row(const T* from, BFloat16* to) {
+    for (int64_t i = 0; i < kBlockKeys; i += V::kLanes) store_operand(V::load(from + i), to + i);
   }
 
   // Both matrices of a block with their rows in pairs.
   void make_columns(Team::Range block) {
     const int64_t rows = block.end - block.begin;
-    for (const auto& [from, to] : {std::pair{buffers_.weights, buffers_.weight_columns},
-                                   std::pair{buffers_.grad_scores, buffers_.grad_columns}}) {
-      for (int64_t r = 0; r < rows; ++r) round_row(from + r * s_stride_, to + r / 2 * 2 * s_stride_ + r % 2, 2);
-      for (int64_t i = 0; rows % 2 && i < kBlockKeys; ++i) to[(rows - 1) * s_stride_ + 2 * i + 1] = BFloat16{};
-    }
+    for (const auto& [from, to] :
+         {std::pair{buffers_.weights, buffers_.weight_columns}, std::pair{buffers_.grad_scores, buffers_.grad_columns}})
+      for (int64_t r = 0; r < rows; r += 2)
+        for (int64_t i = 0; i < kBlockKeys; i += V::kLanes) {
+          const T* row = from + r * s_stride_ + i;
+          const FloatBits words = pair_lanes(operand_bits(V::load(row)),
+                                             r + 1 < rows ? operand_bits(V::load(row + s_stride_)) : FloatBits{});
+          memcpy(to + r * s_stride_ + 2 * i, &words, sizeof(words));
+        }
   }
 
   // Products with keys become weights (dropped ones zero), products with values the gradients of scores, in [from, to).
@@ -319,8 +322,11 @@ class AttentionBackward {
 
   // The part of block i of dK and dV, for tiles of keys, over the queries that see some of them.
   void add_to_keys(int64_t i, int64_t first, int64_t last) {
+#ifdef FASTLM_BFLOAT16_TILES
+    static_assert(kBlockQueries <= kColumnDepth);
+#endif
     const auto queries = block(i);
-    const int64_t rows = queries.end - queries.begin, keys = last - first, tiles = (keys + kTileRows - 1) / kTileRows;
+    const int64_t rows = queries.end - queries.begin, keys = last - first, tiles = (keys + kRows - 1) / kRows;
     const int64_t place = kPairs<E> ? i * kBlockQueries : queries.begin;  // of the block's first in the panels
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t n = keys * t / tiles, end = keys * (t + 1) / tiles, key = first - begin_ + n;

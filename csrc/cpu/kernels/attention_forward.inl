@@ -2,7 +2,7 @@
 // stored.
 //
 // An item is a range of queries of all query heads that share keys. It takes in the keys a chunk after another: packs
-// what of it some query sees, then for each tile of up to kTileRows queries makes the products with the keys, their
+// what of it some query sees, then for each tile of some queries makes the products with the keys, their
 // exponentials, and adds the products with the values to sums that stay in L2.
 #pragma once
 
@@ -18,6 +18,7 @@ class AttentionForward {
   using T = Compute<S>;
   using E = Operand<S>;
   using V = Vec<T>;
+  static constexpr int64_t kRows = kOperandRows<E>;  // of a tile
 
   // Scratch of one member.
   struct Buffers {
@@ -32,9 +33,9 @@ class AttentionForward {
       b.key_panels = workspace.take<E>(kChunkKeys * panel_depth<E>(p.dim));
       b.values = workspace.take<E>(kChunkKeys * row_stride<T>(p.v_dim));
       b.queries = workspace.take<E>(rows * row_stride<E>(p.dim));
-      b.weights = workspace.take<E>(kPairs<E> ? kTileRows * row_stride<E>(kChunkKeys) : 0);
+      b.weights = workspace.take<E>(kPairs<E> ? kRows * row_stride<E>(kChunkKeys) : 0);
       b.sums = workspace.take<T>(rows * row_stride<T>(p.v_dim));
-      b.scores = workspace.take<T>(kTileRows * row_stride<T>(kChunkKeys));
+      b.scores = workspace.take<T>(kRows * row_stride<T>(kChunkKeys));
       b.factors = workspace.take<T>(kChunkKeys);
       b.softmax = workspace.take<Softmax<T>>(rows);
       b.seen = workspace.take<Keys>(rows);
@@ -55,7 +56,7 @@ class AttentionForward {
     item_ = item;
     sequence_ = attention_sequence(p_, item.b);
     queries_ = item.end - item.begin;
-    tiles_ = (queries_ + kTileRows - 1) / kTileRows;
+    tiles_ = (queries_ + kRows - 1) / kRows;
     start();
     const int64_t last = reach().end;
     for (int64_t first = reach().begin / kChunkKeys * kChunkKeys; first < last; first += kChunkKeys) chunk(first);
@@ -133,7 +134,7 @@ class AttentionForward {
       if (dropout_.active()) drop(query, g, first, begin, end, row);
       if constexpr (kPairs<E>)
         for (int64_t i = begin; i < end; i += V::kLanes)
-          store_as(V::load(row + i), buffers_.weights + r * w_stride_ + i, V::kLanes);
+          store_operand(V::load(row + i), buffers_.weights + r * w_stride_ + i);
     }
     const E* weights;
     if constexpr (kPairs<E>)

@@ -7,6 +7,9 @@
 #pragma once
 
 #include "cpu/kernels/gemm.inl"
+#ifdef FASTLM_BFLOAT16_TILES
+#include "cpu/kernels/tile_registers.inl"
+#endif
 
 #ifndef FASTLM_BFLOAT16_PAIRS
 #define FASTLM_BFLOAT16_PAIRS 0
@@ -20,6 +23,19 @@ template <class E>
 constexpr bool kPairs = std::is_same_v<E, BFloat16>;
 template <class E>
 constexpr int64_t kPairing = kPairs<E> ? 2 : 1;
+
+// Rows of C that one call of multiply() may make.
+#ifdef FASTLM_BFLOAT16_TILES
+template <class E>
+constexpr int64_t kOperandRows = kPairs<E> ? kTilesRows : kTileRows;
+#else
+template <class E>
+constexpr int64_t kOperandRows = kTileRows;
+
+struct TileRegisters {  // there are none
+  ~TileRegisters() {}
+};
+#endif
 
 inline int64_t even_up(int64_t n) { return (n + 1) / 2 * 2; }
 
@@ -38,6 +54,23 @@ int64_t row_stride(int64_t width) {
   const int64_t line = 64 / sizeof(E);
   return ((width + line - 1) / line | 1) * line;
 }
+
+// Words of two BFloat16, the first below.
+FASTLM_INLINE FloatBits pair_lanes(FloatBits first, FloatBits second) { return first | second << 16; }
+
+// What a product takes of x: rounded, and subnormal numbers may become zero.
+#ifdef FASTLM_BFLOAT16_INSTRUCTION
+FASTLM_INLINE FloatBits operand_bits(Vec<float> x) {
+  return (FloatBits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)_mm512_cvtneps_pbh(x.raw));
+}
+FASTLM_INLINE void store_operand(Vec<float> x, BFloat16* to) {
+  const auto lanes = (__m256i)_mm512_cvtneps_pbh(x.raw);
+  memcpy(to, &lanes, sizeof(lanes));
+}
+#else
+FASTLM_INLINE FloatBits operand_bits(Vec<float> x) { return bfloat16_bits(x); }
+FASTLM_INLINE void store_operand(Vec<float> x, BFloat16* to) { store_as(x, to, Vec<float>::kLanes); }
+#endif
 
 // Rows converted and filled up with zeros, to whole vectors or pairs.
 template <class S, class T>
@@ -61,10 +94,16 @@ void pack_panel(const S* from, int64_t from_stride, int64_t rows, int64_t width,
 }
 inline void pack_panel(const BFloat16* from, int64_t from_stride, int64_t rows, int64_t width, BFloat16* to,
                        int64_t to_stride) {
+  using V = Vec<float>;
   for (int64_t r = 0; r < rows; r += 2, from += 2 * from_stride, to += 2 * to_stride) {
     const bool alone = r + 1 == rows;
-    for (int64_t i = 0; i < width; ++i) to[2 * i] = from[i], to[2 * i + 1] = alone ? BFloat16{} : from[from_stride + i];
-    std::fill(to + 2 * width, to + 2 * to_stride, BFloat16{});
+    for (int64_t i = 0; i < width; i += V::kLanes) {
+      const auto bits = [&](const BFloat16* row)
+                            FASTLM_LAMBDA_INLINE { return (FloatBits)load_as<V>(row + i, width - i).raw >> 16; };
+      const FloatBits words = pair_lanes(bits(from), alone ? FloatBits{} : bits(from + from_stride));
+      memcpy(to + 2 * i, &words, sizeof(words));
+    }
+    std::fill(to + 2 * lanes_up<float>(width), to + 2 * to_stride, BFloat16{});
   }
 }
 
@@ -96,7 +135,7 @@ void run_narrow_tile(int rows, int64_t vectors, const TileParams<T>& p) {
   kTiles[vectors - 1][rows - 1](p);
 }
 
-// C (rows <= kTileRows, columns rounded up to vectors) = [C +] A B, where panel i of B begins at b + i * panel_step.
+// C (rows <= kOperandRows, columns rounded up to vectors) = [C +] A B, where panel i of B begins at b + i * panel_step.
 template <class E>
 struct PanelProduct {
   const E* a;
@@ -139,6 +178,40 @@ __attribute__((noinline)) void pairs_tile(const PanelProduct<BFloat16>& p, int64
     for (int v = 0; v < N; ++v) sums[r][v].store(p.c + r * p.c_stride + v * V::kLanes);
 }
 
+#ifdef FASTLM_BFLOAT16_TILES
+constexpr int64_t kColumnDepth = 128;  // at most, of A in columns: in rows, it lies on the stack
+
+// Rows of pairs from columns of them: words of four bytes, transposed.
+inline void pairs_in_rows(const BFloat16* from, int64_t from_stride, int64_t rows, int64_t pairs, BFloat16* to,
+                          int64_t to_stride) {
+  for (int64_t k = 0; k < pairs; k += 8)
+    for (int64_t r = 0; r < rows; r += 8) {
+      const BFloat16* block = from + k * from_stride + 2 * r;
+      BFloat16* turned = to + r * to_stride + 2 * k;
+      if (k + 8 <= pairs && r + 8 <= rows)
+        transpose_8x8(reinterpret_cast<const float*>(block), from_stride / 2, reinterpret_cast<float*>(turned),
+                      to_stride / 2);
+      else
+        for (int64_t i = 0; i < std::min<int64_t>(8, pairs - k); ++i)
+          for (int64_t j = 0; j < std::min<int64_t>(8, rows - r); ++j)
+            std::copy_n(block + i * from_stride + 2 * j, 2, turned + j * to_stride + 2 * i);
+    }
+}
+
+template <bool kColumns>
+void multiply(int64_t rows, int64_t depth, int64_t cols, const PanelProduct<BFloat16>& p, bool accumulate) {
+  const int64_t pairs = (depth + 1) / 2;
+  TileProduct product{p.a, p.b, p.c, p.a_stride, p.b_stride, p.c_stride, 0, accumulate};
+  if constexpr (kColumns) {
+    alignas(64) BFloat16 a[kTilesRows * kColumnDepth];
+    pairs_in_rows(p.a, p.a_stride, rows, pairs, a, kColumnDepth);
+    product.a = a, product.a_stride = kColumnDepth;
+    tiles_product(rows, pairs, cols, product, p.panel_step);
+  } else {
+    tiles_product(rows, pairs, cols, product, p.panel_step);
+  }
+}
+#else
 template <bool kColumns>
 void multiply(int64_t rows, int64_t depth, int64_t cols, const PanelProduct<BFloat16>& p, bool accumulate) {
   using Tile = void (*)(const PanelProduct<BFloat16>&, int64_t, bool);
@@ -154,6 +227,7 @@ void multiply(int64_t rows, int64_t depth, int64_t cols, const PanelProduct<BFlo
     kTiles[vectors - 1][rows - 1](tile, (depth + 1) / 2, accumulate);
   }
 }
+#endif
 #endif
 
 template <bool kColumns, class T>
