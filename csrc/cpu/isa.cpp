@@ -40,11 +40,13 @@ namespace fastlm::cpu {
                                         &kGeluBFloat16};                                                            \
   }
 // An instruction set for products of BFloat16; the rest is another's.
-#define FASTLM_DECLARE_BFLOAT16_ISA(isa, rest)                                                          \
-  namespace isa {                                                                                       \
-  extern const AttentionKernels<BFloat16> kAttentionBFloat16;                                           \
-  constexpr Kernels<BFloat16> kBFloat16{&rest::kGruBFloat16, &rest::kLstmBFloat16, &kAttentionBFloat16, \
-                                        &rest::kCrossEntropyBFloat16, &rest::kGeluBFloat16};            \
+#define FASTLM_DECLARE_BFLOAT16_ISA(isa, rest)                                                                      \
+  namespace isa {                                                                                                   \
+  extern const RecurrentKernels<BFloat16> kGruBFloat16, kLstmBFloat16;                                              \
+  extern const AttentionKernels<BFloat16> kAttentionBFloat16;                                                       \
+  extern const CrossEntropyKernels<BFloat16> kCrossEntropyBFloat16;                                                 \
+  constexpr Kernels<BFloat16> kBFloat16{&kGruBFloat16, &kLstmBFloat16, &kAttentionBFloat16, &kCrossEntropyBFloat16, \
+                                        &rest::kGeluBFloat16};                                                      \
   }
 FASTLM_DECLARE_ISA(scalar)
 #if defined(__x86_64__)

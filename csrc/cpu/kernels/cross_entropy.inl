@@ -23,12 +23,13 @@ template <class S>
 class CrossEntropy {
  public:
   using T = Compute<S>;
+  using E = Operand<S>;
   using V = Vec<T>;
 
   // What follows from the sizes.
   struct Layout {
-    int64_t block_rows, row_stride, logit_stride, parts;
-    bool keeps_logits, widens;
+    int64_t block_rows, row_stride, logit_stride, grad_stride, parts;
+    bool keeps_logits, widens, copies_weight;
 
     static Layout make(const CrossEntropyParams<S>& p, const CrossEntropyPlan& plan) {
       Layout l;
@@ -38,15 +39,17 @@ class CrossEntropy {
       l.block_rows = (rows + kCols<T> - 1) / kCols<T> * kCols<T>;
       l.row_stride = FASTLM_ISA_NAMESPACE::row_stride<T>(panels_for<T>(p.dim) * kCols<T>);
       l.logit_stride = FASTLM_ISA_NAMESPACE::row_stride<T>(l.block_rows);
+      l.grad_stride = FASTLM_ISA_NAMESPACE::row_stride<E>(l.block_rows);
       l.parts = plan.parts;
       l.widens = !std::is_same_v<S, T>;
+      l.copies_weight = !std::is_same_v<S, E> || p.dim % kPairing<E> != 0;
       return l;
     }
   };
 
   // Of all members, about the block of rows at hand.
   struct Shared {
-    T *hidden, *hidden_columns, *hidden_panels;  // rows; panels of rows as columns; panels of columns
+    E *hidden, *hidden_columns, *hidden_panels;  // rows; panels of rows as columns; panels of columns
     T *logits, *statistics, *target_logits;      // statistics: [part][greatest, sum, total][row]
     T* partial;                                  // [part][row]: gradients of hidden
     T *grad_weight, *grad_bias;                  // of a wider type than the results
@@ -54,9 +57,9 @@ class CrossEntropy {
     static Shared take(Workspace& workspace, const CrossEntropyParams<S>& p, const Layout& l) {
       const int64_t panels = panels_for<T>(p.dim) * kCols<T>;
       Shared s;
-      s.hidden = workspace.take<T>(l.block_rows * l.row_stride);
-      s.hidden_columns = workspace.take<T>(l.block_rows * p.dim);
-      s.hidden_panels = workspace.take<T>(p.grad_weight ? l.block_rows * panels : 0);
+      s.hidden = workspace.take<E>(l.block_rows * l.row_stride);
+      s.hidden_columns = workspace.take<E>(l.block_rows * panel_depth<E>(p.dim));
+      s.hidden_panels = workspace.take<E>(p.grad_weight ? l.block_rows * panels : 0);
       s.logits = workspace.take<T>(l.keeps_logits ? p.vocab * l.logit_stride : 0);
       s.statistics = workspace.take<T>(l.parts * 3 * l.logit_stride);
       s.target_logits = workspace.take<T>(l.block_rows);
@@ -69,13 +72,17 @@ class CrossEntropy {
 
   // Of one member.
   struct Own {
-    T *logits, *weight, *panel, *edge;  // of a block of words
-    T *greatest, *factors, *weights;    // of rows: exp(logit - greatest) times factors is the gradient
+    T *logits, *edge;                 // of a block of words
+    E *weight, *panel;                // likewise
+    E *grad_rows, *grad_columns;      // gradients of logits as products take them, where that is another type
+    T *greatest, *factors, *weights;  // of rows: exp(logit - greatest) times factors is the gradient
     static Own take(Workspace& workspace, const CrossEntropyParams<S>& p, const Layout& l) {
       Own o;
       o.logits = workspace.take<T>(l.keeps_logits ? 0 : kBlockRows * l.logit_stride);
-      o.weight = workspace.take<T>(l.widens ? kBlockRows * l.row_stride : 0);
-      o.panel = workspace.take<T>(kBlockRows * kCols<T>);
+      o.weight = workspace.take<E>(l.copies_weight ? kBlockRows * l.row_stride : 0);
+      o.panel = workspace.take<E>(kBlockRows * kCols<T>);
+      o.grad_rows = workspace.take<E>(kPairs<E> ? kBlockRows * l.grad_stride : 0);
+      o.grad_columns = workspace.take<E>(kPairs<E> ? kBlockRows * l.grad_stride : 0);
       o.edge = workspace.take<T>(kBlockRows * kCols<T>);
       o.greatest = workspace.take<T>(l.logit_stride);
       o.factors = workspace.take<T>(l.logit_stride);
@@ -171,20 +178,29 @@ class CrossEntropy {
       copy_rows(p_.hidden + row(r) * p_.dim, 0, 1, p_.dim, shared_.hidden + r * layout_.row_stride, 0);
     for (int64_t r = own.begin; r < own.end; r += kCols<T>)
       pack_transposed(shared_.hidden + r * layout_.row_stride, layout_.row_stride, p_.dim,
-                      std::min(kCols<T>, own.end - r), shared_.hidden_columns + r * p_.dim);
+                      std::min(kCols<T>, own.end - r), shared_.hidden_columns + r * panel_depth<E>(p_.dim));
     if (!p_.grad_weight) return;
     for (int64_t d = 0; d < p_.dim; d += kCols<T>)
-      pack_rows(shared_.hidden + own.begin * layout_.row_stride + d, layout_.row_stride, own.end - own.begin,
-                std::min(kCols<T>, p_.dim - d), shared_.hidden_panels + d * layout_.block_rows + own.begin * kCols<T>);
+      pack_columns(shared_.hidden + own.begin * layout_.row_stride + d, layout_.row_stride, own.end - own.begin,
+                   p_.dim - d, shared_.hidden_panels + d * layout_.block_rows + own.begin * kCols<T>);
+  }
+  // A panel of up to kCols columns of these rows.
+  template <class From>
+  static void pack_columns(const From* from, int64_t stride, int64_t rows, int64_t width, E* panel) {
+    if constexpr (kPairs<E>)
+      pack_panel(from, stride, rows, std::min(kCols<T>, width), panel, kCols<T>);
+    else
+      pack_rows(from, stride, rows, std::min(kCols<T>, width), panel);
   }
 
   struct Rows {
-    const T* data;
+    const E* data;
     int64_t stride;
   };
   Rows weight(Words words) const {
     const S* from = p_.weight + words.begin * p_.dim;
-    if constexpr (std::is_same_v<S, T>) return {from, p_.dim};
+    if constexpr (std::is_same_v<S, E>)
+      if (!layout_.copies_weight) return {from, p_.dim};
     copy_rows(from, p_.dim, words.end - words.begin, p_.dim, own_.weight, layout_.row_stride);
     return {own_.weight, layout_.row_stride};
   }
@@ -194,9 +210,9 @@ class CrossEntropy {
     const auto [weight, stride] = this->weight(words);
     T* logits = layout_.keeps_logits ? shared_.logits + words.begin * layout_.logit_stride : own_.logits;
     for (int64_t r = 0; r < rows_; r += kCols<T>) {
-      const T* panel = shared_.hidden_columns + r * p_.dim;
-      panel_product<T>(weight, stride, words.end - words.begin, panel, kCols<T>, p_.dim, logits + r,
-                       layout_.logit_stride, Init::kZero, nullptr, 1, panel + kCols<T> * p_.dim);
+      const E* panel = shared_.hidden_columns + r * panel_depth<E>(p_.dim);
+      rows_times_panel<E, E, T>(weight, stride, words.end - words.begin, panel, p_.dim, logits + r,
+                                layout_.logit_stride, Init::kZero, nullptr, 1, panel + kCols<T> * p_.dim);
     }
     return logits;
   }
@@ -293,6 +309,7 @@ class CrossEntropy {
       T* logits = layout_.keeps_logits ? shared_.logits + words.begin * layout_.logit_stride : make_logits(words);
       differentiate(words, logits);
       if (p_.grad_bias) add_grad_bias(words, logits);
+      if constexpr (kPairs<E>) round_gradients(words, logits);
       if (p_.grad_weight) add_grad_weight(words, logits);
       if (p_.grad_hidden) add_grad_hidden(words, logits, part, first);
       first = false;
@@ -331,34 +348,66 @@ class CrossEntropy {
     }
   }
 
+  // In rows of words and in columns of rows, words in pairs.
+  void round_gradients(Words words, const T* grads) const {
+    const int64_t count = words.end - words.begin;
+    for (int64_t i = 0; i < count; i += 2, grads += 2 * layout_.logit_stride) {
+      E *row = own_.grad_rows + i * layout_.grad_stride, *column = own_.grad_columns + i * layout_.grad_stride;
+      for (int64_t r = 0; r < rows_; r += V::kLanes) {
+        const V first = V::load(grads + r),
+                second = i + 1 < count ? V::load(grads + layout_.logit_stride + r) : V::zero();
+        store_operand(first, row + r);
+        store_operand(second, row + layout_.grad_stride + r);
+        const FloatBits words = pair_lanes(operand_bits(first), operand_bits(second));
+        memcpy(column + 2 * r, &words, sizeof(words));
+      }
+    }
+  }
+
   void add_grad_weight(Words words, const T* grads) const {
+    const auto [from, stride] = operand_rows(grads);
     const int64_t count = words.end - words.begin;
     const Init init = first_ > 0 ? Init::kAccumulate : Init::kZero;
     for (int64_t d = 0; d < p_.dim; d += kCols<T>) {
-      const T* panel = shared_.hidden_panels + d * layout_.block_rows;
-      const T* next = panel + layout_.block_rows * kCols<T>;
+      const E* panel = shared_.hidden_panels + d * layout_.block_rows;
+      const E* next = panel + layout_.block_rows * kCols<T>;
       T* to = shared_.grad_weight + words.begin * p_.dim + d;
       const int64_t cols = p_.dim - d;
       const bool whole = cols >= kCols<T>;
-      panel_product<T>(grads, layout_.logit_stride, count, panel, kCols<T>, rows_, whole ? to : own_.edge,
-                       whole ? p_.dim : kCols<T>, whole ? init : Init::kZero, nullptr, 1, next);
+      rows_times_panel<E, E, T>(from, stride, count, panel, rows_, whole ? to : own_.edge, whole ? p_.dim : kCols<T>,
+                                whole ? init : Init::kZero, nullptr, 1, next);
       for (int64_t i = 0; !whole && i < count; ++i)
         for (int64_t j = 0; j < cols; ++j)
           to[i * p_.dim + j] = own_.edge[i * kCols<T> + j] + (first_ > 0 ? to[i * p_.dim + j] : T(0));
     }
   }
 
+  Rows operand_rows(const T* grads) const {
+    if constexpr (kPairs<E>)
+      return {own_.grad_rows, layout_.grad_stride};
+    else
+      return {grads, layout_.logit_stride};
+  }
+
   void add_grad_hidden(Words words, const T* grads, int64_t part, bool first) const {
-    const int64_t tiles = (rows_ + kTileRows - 1) / kTileRows, count = words.end - words.begin;
+    constexpr int64_t kRows = kOperandRows<E>;
+    const int64_t tiles = (rows_ + kRows - 1) / kRows, count = words.end - words.begin;
     T* sums = shared_.partial + part * layout_.block_rows * layout_.row_stride;
     for (int64_t d = 0; d < p_.dim; d += kCols<T>) {
-      pack_rows(p_.weight + words.begin * p_.dim + d, p_.dim, count, std::min(kCols<T>, p_.dim - d), own_.panel);
+      pack_columns(p_.weight + words.begin * p_.dim + d, p_.dim, count, p_.dim - d, own_.panel);
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t begin = rows_ * i / tiles, end = rows_ * (i + 1) / tiles;
-        run_tile<true>(static_cast<int>(end - begin), 1,
-                       TileParams<T>{grads + begin, layout_.logit_stride, own_.panel, kCols<T>, count,
-                                     sums + begin * layout_.row_stride + d, layout_.row_stride,
-                                     first ? Init::kZero : Init::kAccumulate, nullptr, own_.panel});
+        T* to = sums + begin * layout_.row_stride + d;
+        if constexpr (kPairs<E>)
+          multiply<true>(end - begin, count, kCols<T>,
+                         PanelProduct<E>{own_.grad_columns + 2 * begin, 2 * layout_.grad_stride, own_.panel,
+                                         2 * kCols<T>, 0, to, layout_.row_stride},
+                         !first);
+        else
+          run_tile<true>(
+              static_cast<int>(end - begin), 1,
+              TileParams<T>{grads + begin, layout_.logit_stride, own_.panel, kCols<T>, count, to, layout_.row_stride,
+                            first ? Init::kZero : Init::kAccumulate, nullptr, own_.panel});
       }
     }
   }
@@ -396,12 +445,16 @@ void cross_entropy(const CrossEntropyParams<S>& p, const CrossEntropyPlan& plan,
   const auto shared = Pass::Shared::take(workspace, p, layout);
   std::vector<typename Pass::Own> own;
   for (int i = 0; i < plan.threads; ++i) own.push_back(Pass::Own::take(workspace, p, layout));
-  run_team(parallel_for, plan.threads, plan.work_ns,
-           [&](const Team& team) { Pass(p, layout, shared, own[team.rank], team).run(); });
+  run_team(parallel_for, plan.threads, plan.work_ns, [&](const Team& team) {
+    const TileRegisters in_use;
+    Pass(p, layout, shared, own[team.rank], team).run();
+  });
 }
 
+#ifndef FASTLM_BFLOAT16_ONLY
 extern const CrossEntropyKernels<float> kCrossEntropyFloat{cross_entropy<float>};
 extern const CrossEntropyKernels<double> kCrossEntropyDouble{cross_entropy<double>};
+#endif
 extern const CrossEntropyKernels<BFloat16> kCrossEntropyBFloat16{cross_entropy<BFloat16>};
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

@@ -10,9 +10,10 @@ namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 constexpr int64_t kDotRowsAtMost = 12;  // beyond, packing a panel on the way is faster
 constexpr int kDotRows = 3;             // rows of A per tile, each with kDotWeights accumulators
 
-template <class S, class T = Compute<S>>
+template <class S, class A = Compute<S>>
 struct DotParams {
-  const T* a;  // (rows, depth) at a_stride
+  using T = Compute<S>;
+  const A* a;  // (rows, depth) at a_stride
   int64_t a_stride;
   const S* w;  // (count, depth) at w_stride
   int64_t w_stride;
@@ -24,8 +25,8 @@ struct DotParams {
   const T* bias;  // (count), read for Init::kBias only
 };
 
-template <class S, int R, int W>
-__attribute__((noinline)) void dot_tile(const DotParams<S>& p) {
+template <class S, class A, int R, int W>
+__attribute__((noinline)) void dot_tile(const DotParams<S, A>& p) {
   using T = Compute<S>;
   using V = Vec<T>;
   V acc[R][W];
@@ -35,7 +36,7 @@ __attribute__((noinline)) void dot_tile(const DotParams<S>& p) {
   for (int j = 0; j < W; ++j) w[j] = p.w + std::min<int64_t>(j, p.count - 1) * p.w_stride;
   const auto step = [&](int64_t k, int64_t n) FASTLM_LAMBDA_INLINE {
     V a[R];
-    for (int r = 0; r < R; ++r) a[r] = V::load_partial(p.a + r * p.a_stride + k, n);
+    for (int r = 0; r < R; ++r) a[r] = load_as<V>(p.a + r * p.a_stride + k, n);
     for (int j = 0; j < W; ++j) {
       const V weight = load_as<V>(w[j] + k, n);
       for (int r = 0; r < R; ++r) acc[r][j] = fma(a[r], weight, acc[r][j]);
@@ -55,24 +56,24 @@ __attribute__((noinline)) void dot_tile(const DotParams<S>& p) {
 }
 
 // C (rows, count) = init + A (rows, depth) W (count, depth)^T. Long sums are cut, for accuracy.
-template <class S>
-void dot_product(DotParams<S> p, int64_t rows) {
+template <class S, class A = Compute<S>>
+void dot_product(DotParams<S, A> p, int64_t rows) {
   const int64_t width = rows == 1 ? 8 : 4, depth = p.depth, block = 4 * kBlockDepth<Compute<S>>;
   for (; p.count > 0; p.count -= width, p.w += width * p.w_stride, p.c += width) {
-    DotParams<S> tile = p;
+    DotParams<S, A> tile = p;
     if (p.bias) p.bias += width;
     for (int64_t r = 0; r < rows; r += kDotRows, tile.c += kDotRows * p.c_stride)
       for (int64_t k = 0; k < depth || k == 0; k += block) {
         tile.a = p.a + r * p.a_stride + k, tile.w = p.w + k, tile.depth = std::min(block, depth - k);
         tile.init = k == 0 ? p.init : Init::kAccumulate;
         if (rows == 1)
-          dot_tile<S, 1, 8>(tile);
+          dot_tile<S, A, 1, 8>(tile);
         else if (rows - r == 1)
-          dot_tile<S, 1, 4>(tile);
+          dot_tile<S, A, 1, 4>(tile);
         else if (rows - r == 2)
-          dot_tile<S, 2, 4>(tile);
+          dot_tile<S, A, 2, 4>(tile);
         else
-          dot_tile<S, kDotRows, 4>(tile);
+          dot_tile<S, A, kDotRows, 4>(tile);
       }
   }
 }

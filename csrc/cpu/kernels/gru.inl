@@ -35,8 +35,8 @@ struct GruCell {
 
   // Units [u, u + n) of one row, n <= kLanes of the vector or pack V. In two passes over all rows, the second from what
   // the first leaves in the slots: the processor cannot look far enough ahead to fill the waits of one long chain.
-  template <class V, class S, class T = Compute<S>>
-  static FASTLM_INLINE void forward_gates(const ForwardRow<S>& row, int64_t u, int64_t n) {
+  template <class V, class S, class E, class T = Compute<S>>
+  static FASTLM_INLINE void forward_gates(const ForwardRow<S, E>& row, int64_t u, int64_t n) {
     for (const int gate : {kReset, kUpdate}) {
       T* slot = row.slots + gate * kCols<T> + u;
       const V value = sigmoid(V::load(slot));
@@ -44,13 +44,13 @@ struct GruCell {
       if (row.reserve) value.store_partial(row.reserve + gate * row.hidden + u, n);
     }
   }
-  template <class V, class S, class T = Compute<S>>
-  static FASTLM_INLINE void forward_state(const ForwardRow<S>& row, int64_t u, int64_t n) {
+  template <class V, class S, class E, class T = Compute<S>>
+  static FASTLM_INLINE void forward_state(const ForwardRow<S, E>& row, int64_t u, int64_t n) {
     const auto slot = [&](int i) FASTLM_LAMBDA_INLINE { return V::load(row.slots + i * kCols<T> + u); };
-    const V state = slot(kSlotNewState), z = slot(kSlotUpdate), h = V::load(row.h + u);
+    const V state = slot(kSlotNewState), z = slot(kSlotUpdate), h = load_as<V>(row.h + u, V::kLanes);
     const V candidate = tanh(fma(slot(kSlotReset), state, slot(kSlotNewInput)));
     const V h_new = rounded_to<S>(fma(z, h - candidate, candidate));
-    h_new.store(row.h_new + u);
+    store_as(h_new, row.h_new + u, V::kLanes);
     store_as(h_new, row.output + u, n);
     if (!row.reserve) return;
     const auto keep = [&](int column, const V& value)

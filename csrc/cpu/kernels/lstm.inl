@@ -31,8 +31,8 @@ struct LstmCell {
 
   // Units [u, u + n) of one row, n <= kLanes of the vector or pack V. In two passes over all rows, the second from what
   // the first leaves in the slots: the processor cannot look far enough ahead to fill the waits of one long chain.
-  template <class V, class S, class T = Compute<S>>
-  static FASTLM_INLINE void forward_gates(const ForwardRow<S>& row, int64_t u, int64_t n) {
+  template <class V, class S, class E, class T = Compute<S>>
+  static FASTLM_INLINE void forward_gates(const ForwardRow<S, E>& row, int64_t u, int64_t n) {
     const auto slot = [&](int gate) FASTLM_LAMBDA_INLINE { return V::load(row.slots + gate * kCols<T> + u); };
     const V i = sigmoid(slot(kInput)), f = sigmoid(slot(kForget)), g = tanh(slot(kCell)), o = sigmoid(slot(kOutput));
     const auto put = [&](int gate, const V& value) FASTLM_LAMBDA_INLINE {
@@ -41,18 +41,18 @@ struct LstmCell {
     };
     put(kInput, i), put(kForget, f), put(kCell, g), put(kOutput, o);
   }
-  template <class V, class S, class T = Compute<S>>
-  static FASTLM_INLINE void forward_state(const ForwardRow<S>& row, int64_t u, int64_t n) {
+  template <class V, class S, class E, class T = Compute<S>>
+  static FASTLM_INLINE void forward_state(const ForwardRow<S, E>& row, int64_t u, int64_t n) {
     const auto slot = [&](int i) FASTLM_LAMBDA_INLINE { return V::load(row.slots + i * kCols<T> + u); };
     const V c = V::load(row.c + u), c_new = fma(slot(kForget), c, slot(kInput) * slot(kCell));
     const V h_new = rounded_to<S>(slot(kOutput) * tanh(c_new));
     c_new.store(row.c + u);
-    h_new.store(row.h_new + u);
+    store_as(h_new, row.h_new + u, V::kLanes);
     store_as(h_new, row.output + u, n);
     if (row.cells) store_as(c_new, row.cells + u, n);
     if (!row.reserve) return;
     c.store_partial(row.reserve + kKeptCell * row.hidden + u, n);
-    V::load(row.h + u).store_partial(row.reserve + kKeptLstmHidden * row.hidden + u, n);
+    load_as<V>(row.h + u, V::kLanes).store_partial(row.reserve + kKeptLstmHidden * row.hidden + u, n);
   }
 
   // row.dh, row.dc, in: gradients of the states after the step; out: dc of the state before.

@@ -20,14 +20,18 @@ void forward_with_panels(const RecurrentForwardParams<S>& p, const RecurrentPlan
   ForwardBuffers<S, P>::template take<Cell>(workspace, p, plan);
   workspace.allocate();
   const auto buffers = ForwardBuffers<S, P>::template take<Cell>(workspace, p, plan);
-  run_team(parallel_for, plan.threads, plan.work_ns,
-           [&](const Team& team) { ForwardPass<S, P, Cell>(p, plan, buffers, team).run(); });
+  run_team(parallel_for, plan.threads, plan.work_ns, [&](const Team& team) {
+    const TileRegisters in_use;
+    ForwardPass<S, P, Cell>(p, plan, buffers, team).run();
+  });
 }
 
 template <class S, class Cell>
 void recurrent_forward(const RecurrentForwardParams<S>& p, const RecurrentPlan& plan, ParallelFor parallel_for) {
-  if (plan.direct || p.batch <= kNarrowRowsAtMost) return forward_with_panels<S, S, Cell>(p, plan, parallel_for);
-  forward_with_panels<S, Compute<S>, Cell>(p, plan, parallel_for);
+  if constexpr (!kPairs<Operand<S>>)
+    if (!plan.direct && p.batch > kNarrowRowsAtMost)
+      return forward_with_panels<S, Compute<S>, Cell>(p, plan, parallel_for);
+  forward_with_panels<S, S, Cell>(p, plan, parallel_for);
 }
 
 template <class S, class Cell>
@@ -41,13 +45,19 @@ void recurrent_backward(const RecurrentBackwardParams<S>& p, const RecurrentPlan
 }
 
 // A cell's entries in the table, for every element type.
+#ifdef FASTLM_BFLOAT16_ONLY
+#define FASTLM_RECURRENT_KERNELS(name, Cell) FASTLM_RECURRENT_BFLOAT16_KERNELS(name, Cell)
+#else
 #define FASTLM_RECURRENT_KERNELS(name, Cell)                                                                        \
   extern const RecurrentKernels<float> name##Float{recurrent_forward<float, Cell>, recurrent_backward<float, Cell>, \
                                                    make_stream<float, Cell>};                                       \
   extern const RecurrentKernels<double> name##Double{recurrent_forward<double, Cell>,                               \
                                                      recurrent_backward<double, Cell>, make_stream<double, Cell>};  \
-  extern const RecurrentKernels<BFloat16> name##BFloat16 {                                                          \
-    recurrent_forward<BFloat16, Cell>, recurrent_backward<BFloat16, Cell>, make_stream<BFloat16, Cell>              \
+  FASTLM_RECURRENT_BFLOAT16_KERNELS(name, Cell)
+#endif
+#define FASTLM_RECURRENT_BFLOAT16_KERNELS(name, Cell)                                                  \
+  extern const RecurrentKernels<BFloat16> name##BFloat16 {                                             \
+    recurrent_forward<BFloat16, Cell>, recurrent_backward<BFloat16, Cell>, make_stream<BFloat16, Cell> \
   }
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

@@ -47,7 +47,7 @@ struct BackwardBuffers {
     buffers.d_gates = workspace.take<T>(rows * d_gates_stride<T>(p.hidden));
     buffers.dh = workspace.take<T>(state);
     buffers.dc = workspace.take<T>(state);
-    if (copies_input(p) && weights) buffers.x = workspace.take<T>(rows * p.input_size);
+    if (copies_input<T>(p) && weights) buffers.x = workspace.take<T>(rows * p.input_size);
     buffers.edges = workspace.take<T>(plan.threads * edges_size(p));
     buffers.late = workspace.take<T>(plan.threads * kDepthInCache<T> * kCols<T>);
     if (weights) buffers.gemm = GemmBuffers<T>::take(workspace, panels_h + panels_i, rows, plan.threads);
@@ -64,7 +64,7 @@ struct BackwardBuffers {
     return buffers;
   }
   static int64_t edges_size(const RecurrentBackwardParams<S>& p) {
-    return (copies_input(p) ? panels_for<T>(p.input_size) : 1) * kBlockRows * kCols<T>;
+    return (copies_input<T>(p) ? panels_for<T>(p.input_size) : 1) * kBlockRows * kCols<T>;
   }
 };
 
@@ -286,7 +286,7 @@ class BackwardPass {
                     static_cast<const T*>(nullptr), accumulators(rows_.all()),
                     weights.data + (plan_.direct ? 0 : Cell::kGates * p_.hidden * kCols<T>));
     };
-    const bool aside = copies_input(p_);
+    const bool aside = copies_input<T>(p_);
     if constexpr (!kWidens<S>)
       if (!aside && cols == kCols<T>)
         return sum_in(p_.grad_x + (base + rows.begin) * p_.input_size + col, p_.input_size);

@@ -21,14 +21,15 @@ int64_t rows_in_cache(int64_t depth) {
 template <class S, class P>
 struct ForwardBuffers {
   using T = Compute<S>;
-  P* panels_ih;  // [block][gate][I][kCols]
-  P* panels_hh;  // [block][gate][H][kCols]
-  T* bias;       // [block][slot][kCols]: what a slot starts from
-  T* h[2];       // (B, padded H): state before and after a step
-  T* c;          // (B, padded H)
-  T* x;          // [row of the chunk][I], where rows of the input are copied
-  T* gates[2];   // [block][row of the chunk][slot][kCols]; two, of chunks in turn, where units are shared
-  P* late;       // per member: max(I, H) x kCols, a panel packed when it is wanted
+  using E = Operand<S>;  // what products take of x and h
+  P* panels_ih;          // [block][gate][I][kCols]
+  P* panels_hh;          // [block][gate][H][kCols]
+  T* bias;               // [block][slot][kCols]: what a slot starts from
+  E* h[2];               // (B, padded H): state before and after a step
+  T* c;                  // (B, padded H)
+  E* x;                  // [row of the chunk][I, in whole pairs], where rows of the input are copied
+  T* gates[2];           // [block][row of the chunk][slot][kCols]; two, of chunks in turn, where units are shared
+  P* late;               // per member: max(I, H) x kCols, a panel packed when it is wanted
 
   template <class Cell>
   void take_weights(Workspace& workspace, const RecurrentForwardParams<S>& p) {
@@ -41,14 +42,13 @@ struct ForwardBuffers {
     bias = workspace.take<T>(sizes.blocks * sizes.slots_width);
   }
   void take_state(Workspace& workspace, const RecurrentForwardParams<S>& p) {
-    const int64_t state = p.batch * padded<T>(p.hidden);
-    for (auto& half : h) half = workspace.take<T>(state);
-    c = workspace.take<T>(state);
+    for (auto& half : h) half = workspace.take<E>(p.batch * padded<E>(p.hidden));
+    c = workspace.take<T>(p.batch * padded<T>(p.hidden));
   }
-  void take_scratch(Workspace& workspace, const RecurrentForwardParams<S>& p, const RecurrentPlan& plan) {
+  void take_scratch(Workspace& workspace, const RecurrentForwardParams<S>& p, const RecurrentPlan& plan, bool copies) {
     const RecurrentSizes<T> sizes(p.hidden);
     if (plan.direct) late = workspace.take<P>(plan.threads * late_size(p));
-    if (copies_input(p)) x = workspace.take<T>(plan.forward_rows * p.input_size);
+    if (copies) x = workspace.take<E>(plan.forward_rows * x_stride(p));
     const int64_t size = sizes.blocks * plan.forward_rows * sizes.slots_width;
     gates[0] = workspace.take<T>(size);
     gates[1] = plan.split_batch ? gates[0] : workspace.take<T>(size);
@@ -60,9 +60,10 @@ struct ForwardBuffers {
     if (!plan.direct) buffers.template take_weights<Cell>(workspace, p);
     buffers.take_bias(workspace, p);
     buffers.take_state(workspace, p);
-    buffers.take_scratch(workspace, p, plan);
+    buffers.take_scratch(workspace, p, plan, copies_input<E>(p));
     return buffers;
   }
+  static int64_t x_stride(const RecurrentForwardParams<S>& p) { return panel_depth<E>(p.input_size); }
   static int64_t late_size(const RecurrentForwardParams<S>& p) {
     return panel_depth<P>(std::max(p.input_size, p.hidden)) * kCols<T>;
   }
@@ -72,6 +73,7 @@ template <class S, class P, class Cell>
 class ForwardPass {
  public:
   using T = Compute<S>;
+  using E = Operand<S>;
   ForwardPass(const RecurrentForwardParams<S>& p, const RecurrentPlan& plan, const ForwardBuffers<S, P>& buffers,
               const Team& team)
       : p_(p),
@@ -82,7 +84,9 @@ class ForwardPass {
         rows_(p),
         own_(plan.split_batch ? rows_.split(team) : Team::Range{0, p.batch}),
         spread_(plan.split_batch && team.size > 1),
-        stride_(padded<T>(p.hidden)) {}
+        x_stride_(ForwardBuffers<S, P>::x_stride(p)),
+        h_stride_(padded<E>(p.hidden)),
+        c_stride_(padded<T>(p.hidden)) {}
 
   void run() {
     if (!plan_.direct) pack_weights(p_.w_ih, p_.w_hh);
@@ -111,7 +115,7 @@ class ForwardPass {
   }
 
  private:
-  using Row = ForwardRow<S>;
+  using Row = ForwardRow<S, E>;
   struct Chunk {
     int64_t first, last;  // steps
     T* gates;
@@ -140,10 +144,10 @@ class ForwardPass {
     return spread_ ? (t - t0) * p_.batch : rows_.first(t) - rows_.first(t0);
   }
   // The input of a step from sequence b on.
-  const T* input(const Chunk& chunk, int64_t step, int64_t b) const {
-    if constexpr (!kWidens<S>)
+  const E* input(const Chunk& chunk, int64_t step, int64_t b) const {
+    if constexpr (std::is_same_v<S, E>)
       if (!buffers_.x) return p_.x + (rows_.first(rows_.time(step)) + b) * p_.input_size;
-    return buffers_.x + (row_of(chunk, step) + b) * p_.input_size;
+    return buffers_.x + (row_of(chunk, step) + b) * x_stride_;
   }
   // The slots of a block from a row of the chunk on.
   T* slots(const Chunk& chunk, int64_t block, int64_t row) const {
@@ -188,13 +192,15 @@ class ForwardPass {
       const auto given = [&](const S* state) {
         return state && !rows_.reset(0, i) ? state + rows_.sequence(i) * p_.hidden : nullptr;
       };
-      copy_values(given(p_.h0), buffers_.h[rows_.initial_half(i)] + i * stride_, p_.hidden);
-      if (Cell::kHasCellState) copy_values(given(p_.c0), buffers_.c + i * stride_, p_.hidden);
+      E* h = buffers_.h[rows_.initial_half(i)] + i * h_stride_;
+      copy_values(given(p_.h0), h, p_.hidden);
+      std::fill(h + p_.hidden, h + panel_depth<E>(p_.hidden), E{});
+      if (Cell::kHasCellState) copy_values(given(p_.c0), buffers_.c + i * c_stride_, p_.hidden);
     }
   }
 
   // slots (rows) = init + a (rows, depth) times the weights of one block and gate, packed or in place.
-  void product(const T* a, int64_t a_stride, int64_t rows, const P* panels, const S* weights, int64_t depth,
+  void product(const E* a, int64_t a_stride, int64_t rows, const P* panels, const S* weights, int64_t depth,
                int64_t block, int gate, T* slots, Init init, const T* bias, int deal) {
     const P* panel = panels + (block * Cell::kGates + gate) * panel_depth<P>(depth) * kCols<T>;
     // Nothing that has panels of another type is direct.
@@ -202,23 +208,25 @@ class ForwardPass {
       if (plan_.direct) {
         const S* stored = weights + (gate * p_.hidden + block * kCols<T>)*depth;
         if (p_.batch <= kDotRowsAtMost)  // not this member's rows: sums must not depend on how many share them
-          return dot_product<S>(
+          return dot_product<S, E>(
               {a, a_stride, stored, depth, units_of(block), depth, slots, sizes_.slots_width, init, bias}, rows);
         P* late = buffers_.late + team_.rank * ForwardBuffers<S, P>::late_size(p_);
         pack_transposed(stored, depth, depth, units_of(block), late);
         panel = late;
       }
-    panel_product(a, a_stride, rows, panel, kCols<T>, depth, slots, sizes_.slots_width, init, bias, deal,
-                  plan_.direct ? panel : panel + panel_depth<P>(depth) * kCols<T>);
+    rows_times_panel(a, a_stride, rows, panel, depth, slots, sizes_.slots_width, init, bias, deal,
+                     plan_.direct ? panel : panel + panel_depth<P>(depth) * kCols<T>);
   }
 
   // The chunk's rows of x that this member will read, or its share of them where all read all.
   void copy_input(const Chunk& chunk) {
     for (int64_t step = chunk.first; step < chunk.last; ++step) {
       const auto rows = plan_.split_batch ? active(step) : team_.split(rows_.at(rows_.time(step)));
-      for (int64_t b = rows.begin; b < rows.end; ++b)
-        copy_values(p_.x + rows_.place(rows_.first(rows_.time(step)) + b) * p_.input_size,
-                    buffers_.x + (row_of(chunk, step) + b) * p_.input_size, p_.input_size);
+      for (int64_t b = rows.begin; b < rows.end; ++b) {
+        E* to = buffers_.x + (row_of(chunk, step) + b) * x_stride_;
+        copy_values(p_.x + rows_.place(rows_.first(rows_.time(step)) + b) * p_.input_size, to, p_.input_size);
+        std::fill(to + p_.input_size, to + x_stride_, E{});
+      }
     }
     if (!plan_.split_batch) team_.barrier();
   }
@@ -234,20 +242,20 @@ class ForwardPass {
     }
     const auto range = rows_.rows(chunk.first, chunk.last);
     const int64_t rows = range.end - range.begin, together = rows_in_cache<T>(p_.input_size);
-    const T* x = input(chunk, p_.reverse ? chunk.last - 1 : chunk.first, 0);
+    const E* x = input(chunk, p_.reverse ? chunk.last - 1 : chunk.first, 0);
     for (int64_t row = 0; row < rows; row += together)
-      project_rows(chunk, row, x + row * p_.input_size, std::min(together, rows - row));
+      project_rows(chunk, row, x + row * x_stride_, std::min(together, rows - row));
   }
 
   // These rows x of the input to the chunk's rows from `row` on.
-  void project_rows(const Chunk& chunk, int64_t row, const T* x, int64_t count) {
+  void project_rows(const Chunk& chunk, int64_t row, const E* x, int64_t count) {
     for_blocks(false, [&](int64_t block) { project_block(chunk, row, x, count, block); });
   }
 
-  void project_block(const Chunk& chunk, int64_t row, const T* x, int64_t count, int64_t block) {
+  void project_block(const Chunk& chunk, int64_t row, const E* x, int64_t count, int64_t block) {
     for (int gate = 0; gate < Cell::kGates; ++gate) {
       const int slot = Cell::input_slot(gate);
-      product(x, p_.input_size, count, buffers_.panels_ih, p_.w_ih, p_.input_size, block, gate,
+      product(x, x_stride_, count, buffers_.panels_ih, p_.w_ih, p_.input_size, block, gate,
               slots(chunk, block, row) + slot * kCols<T>, Init::kBias, bias(block, slot), accumulators(rows_.all()));
     }
   }
@@ -256,11 +264,11 @@ class ForwardPass {
     const auto range = active(step);
     if (range.begin == range.end) return;
     const StepView rows(*this, chunk, step, block);
-    const T* h = buffers_.h[step % 2] + range.begin * stride_;
+    const E* h = buffers_.h[step % 2] + range.begin * h_stride_;
     fetch_results(rows, range, units_of(block));
     for (int gate = 0; gate < Cell::kGates; ++gate) {
       const int slot = Cell::state_slot(gate);
-      product(h, stride_, range.end - range.begin, buffers_.panels_hh, p_.w_hh, p_.hidden, block, gate,
+      product(h, h_stride_, range.end - range.begin, buffers_.panels_hh, p_.w_hh, p_.hidden, block, gate,
               rows[range.begin].slots + slot * kCols<T>,
               slot == Cell::input_slot(gate) ? Init::kAccumulate : Init::kBias, bias(block, slot),
               accumulators(p_.batch));
@@ -290,8 +298,8 @@ class ForwardPass {
   void reset_states(int64_t step, int64_t block, Team::Range range) const {
     for (int64_t b = range.begin; b < range.end; ++b) {
       if (!rows_.reset(step, b)) continue;
-      for (T* state : {buffers_.h[step % 2], buffers_.c})
-        std::fill_n(state + b * stride_ + block * kCols<T>, kCols<T>, T(0));
+      std::fill_n(buffers_.h[step % 2] + b * h_stride_ + block * kCols<T>, kCols<T>, E{});
+      std::fill_n(buffers_.c + b * c_stride_ + block * kCols<T>, kCols<T>, T(0));
     }
   }
 
@@ -301,7 +309,8 @@ class ForwardPass {
     StepView(const ForwardPass& pass, const Chunk& chunk, int64_t step, int64_t block)
         : first_(pass.rows_.first(pass.rows_.time(step))),
           place_(pass.rows_.in_place() ? nullptr : pass.p_.ragged->place + first_),
-          stride_(pass.stride_),
+          h_stride_(pass.h_stride_),
+          c_stride_(pass.c_stride_),
           slots_width_(pass.sizes_.slots_width),
           zero_{
               pass.slots(chunk, block, pass.row_of(chunk, step)),
@@ -316,9 +325,9 @@ class ForwardPass {
     Row operator[](int64_t b) const {
       const int64_t place = (place_ ? place_[b] : first_ + b) * zero_.hidden;
       return {zero_.slots + b * slots_width_,
-              zero_.h + b * stride_,
-              zero_.h_new + b * stride_,
-              zero_.c + b * stride_,
+              zero_.h + b * h_stride_,
+              zero_.h_new + b * h_stride_,
+              zero_.c + b * c_stride_,
               zero_.output + place,
               zero_.cells ? zero_.cells + place : nullptr,
               zero_.reserve ? zero_.reserve + b * Cell::kReserve * zero_.hidden : nullptr,
@@ -328,7 +337,7 @@ class ForwardPass {
    private:
     const int64_t first_;
     const int64_t* const place_;
-    const int64_t stride_, slots_width_;
+    const int64_t h_stride_, c_stride_, slots_width_;
     const Row zero_;  // of sequence 0, or the tensor's beginning
   };
 
@@ -350,8 +359,8 @@ class ForwardPass {
     const auto own = plan_.split_batch ? own_ : team_.split(p_.batch);
     for (int64_t i = own.begin; i < own.end; ++i) {
       const int64_t to = rows_.sequence(i) * p_.hidden;
-      copy_values<T>(buffers_.h[rows_.final_half(i)] + i * stride_, p_.h_n + to, p_.hidden);
-      if (Cell::kHasCellState) copy_values<T>(buffers_.c + i * stride_, p_.c_n + to, p_.hidden);
+      copy_values<E>(buffers_.h[rows_.final_half(i)] + i * h_stride_, p_.h_n + to, p_.hidden);
+      if (Cell::kHasCellState) copy_values<T>(buffers_.c + i * c_stride_, p_.c_n + to, p_.hidden);
     }
   }
 
@@ -363,7 +372,7 @@ class ForwardPass {
   const StepRows rows_;
   const Team::Range own_;
   const bool spread_;
-  const int64_t stride_;
+  const int64_t x_stride_, h_stride_, c_stride_;
 };
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "core/gates.h"
-#include "cpu/kernels/gemm.inl"
+#include "cpu/kernels/operands.inl"
 #include "cpu/recurrent.h"
 #include "cpu/simd/math.h"
 #include "cpu/workspace.h"
@@ -10,10 +10,10 @@
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
 // A row stride of at least n that spreads consecutive rows over the cache's sets.
-template <class T>
+template <class E>
 int64_t padded(int64_t n) {
-  const int64_t line = 64 / sizeof(T);
-  return (n + kCols<T> - 1) / kCols<T> * kCols<T> + line;
+  constexpr int64_t cols = kCols<Compute<E>>, line = 64 / sizeof(E);
+  return (n + cols - 1) / cols * cols + line;
 }
 
 template <class T>
@@ -112,13 +112,14 @@ class StepRows {
   const bool reverse_;
 };
 
-// One row of one step, as a cell sees it; pointers are to its first unit, or the block's.
-template <class S>
+// One row of one step, as a cell sees it; pointers are to its first unit, or the block's. E: what products take of h.
+template <class S, class E>
 struct ForwardRow {
   using T = Compute<S>;
   T* slots;  // [slot][kCols]
-  const T* h;
-  T *h_new, *c;       // c: in and out
+  const E* h;
+  E* h_new;
+  T* c;               // in and out
   S *output, *cells;  // cells: or null
   T* reserve;         // columns at hidden apart, or null
   int64_t hidden;
@@ -138,10 +139,10 @@ struct BackwardRow {
 template <class S>
 constexpr bool kWidens = !std::is_same_v<S, Compute<S>>;
 
-// Whether rows of x are copied before use: they must lie packed, in the type of the arithmetic.
-template <class Params>
+// Whether rows of x are copied before use: they must lie packed, hold E, and whole pairs of them where E is paired.
+template <class E, class Params>
 bool copies_input(const Params& p) {
-  return !std::is_same_v<decltype(p.x), const typename Params::T*> || !StepRows(p).in_place();
+  return !std::is_same_v<decltype(p.x), const E*> || !StepRows(p).in_place() || p.input_size % kPairing<E> != 0;
 }
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

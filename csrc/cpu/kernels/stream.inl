@@ -20,6 +20,7 @@ struct PackedStack {
 template <class S, class W, class P, class Cell>
 class StreamStack final : public Stream<S> {
   using T = Compute<S>;
+  using E = Operand<S>;
   using Params = RecurrentForwardParams<S>;
   using Pass = ForwardPass<S, P, Cell>;
 
@@ -67,6 +68,7 @@ class StreamStack final : public Stream<S> {
     }
     const Scratch& scratch = steps > 1 ? longer : scratch_;
     run_team(parallel_for, plan.threads, plan.work_ns, [&](const Team& team) {
+      const TileRegisters in_use;
       for (int64_t i = 0; i < params_.layers; ++i) {
         Params p = layer(i);
         p.seq_len = steps;
@@ -83,15 +85,15 @@ class StreamStack final : public Stream<S> {
   }
 
   void read_state(S* h, T* c) const override {
-    for_rows([&](const auto& buffers, int64_t from, int64_t to) {
-      copy_values(static_cast<const T*>(buffers.h[0] + from), h + to, params_.hidden);
-      if (Cell::kHasCellState) copy_values(static_cast<const T*>(buffers.c + from), c + to, params_.hidden);
+    for_rows([&](const E* own_h, const T* own_c, int64_t place) {
+      copy_values(own_h, h + place, params_.hidden);
+      if (Cell::kHasCellState) copy_values(own_c, c + place, params_.hidden);
     });
   }
   void write_state(const S* h, const T* c) override {
-    for_rows([&](const auto& buffers, int64_t to, int64_t from) {
-      copy_values(h + from, buffers.h[0] + to, params_.hidden);
-      if (Cell::kHasCellState) copy_values(c + from, buffers.c + to, params_.hidden);
+    for_rows([&](E* own_h, T* own_c, int64_t place) {
+      copy_values(h + place, own_h, params_.hidden);
+      if (Cell::kHasCellState) copy_values(c + place, own_c, params_.hidden);
     });
   }
   void reset(int64_t row) override {
@@ -101,15 +103,16 @@ class StreamStack final : public Stream<S> {
  private:
   // What the layers use one after another.
   struct Scratch {
-    T* x = nullptr;
+    E* x = nullptr;
     T* gates[2] = {};
     S* between[2] = {};  // (T, B, H): from layer to layer, in turn
 
     void take(const StreamStack& stack, Workspace& workspace, const RecurrentPlan& plan, int64_t steps) {
       Params widest = stack.layer(0);
+      const bool copies = copies_input<E>(widest) || (stack.params_.layers > 1 && copies_input<E>(stack.layer(1)));
       widest.input_size = std::max(widest.input_size, widest.hidden);
       ForwardBuffers<S, P> buffers{};
-      buffers.take_scratch(workspace, widest, plan);
+      buffers.take_scratch(workspace, widest, plan, copies);
       x = buffers.x, gates[0] = buffers.gates[0], gates[1] = buffers.gates[1];
       for (int64_t i = 0; i < std::min<int64_t>(2, stack.params_.layers - 1); ++i)
         between[i] = workspace.take<S>(steps * widest.batch * widest.hidden);
@@ -140,9 +143,8 @@ class StreamStack final : public Stream<S> {
     packed_->users.fetch_add(1);
     take_state();
     for (size_t i = 0; i < layers_.size(); ++i) {
-      const int64_t size = params_.batch * padded<T>(params_.hidden);
-      std::copy_n(other.layers_[i].h[0], size, layers_[i].h[0]);
-      std::copy_n(other.layers_[i].c, size, layers_[i].c);
+      std::copy_n(other.layers_[i].h[0], params_.batch * padded<E>(params_.hidden), layers_[i].h[0]);
+      std::copy_n(other.layers_[i].c, params_.batch * padded<T>(params_.hidden), layers_[i].c);
     }
   }
 
@@ -170,16 +172,18 @@ class StreamStack final : public Stream<S> {
     return RecurrentPlan::make_stream(p, Cell::kGates, params_.layers, sizeof(P), max_threads);
   }
 
-  // body(buffers, where a row of a layer's state lies in them, and where in (layers, B, H)).
+  // body(h and c of one row of a layer, where its state lies in (layers, B, H)).
   template <class Body>
   void for_rows(const Body& body) const {
     for (int64_t i = 0; i < params_.layers; ++i)
       for (int64_t row = 0; row < params_.batch; ++row)
-        body(layers_[i], row * padded<T>(params_.hidden), (i * params_.batch + row) * params_.hidden);
+        body(layers_[i].h[0] + row * padded<E>(params_.hidden), layers_[i].c + row * padded<T>(params_.hidden),
+             (i * params_.batch + row) * params_.hidden);
   }
   void clear(const ForwardBuffers<S, P>& buffers, int64_t row) const {
-    const int64_t stride = padded<T>(params_.hidden);
-    for (T* state : {buffers.h[0], buffers.c}) std::fill_n(state + row * stride, stride, T(0));
+    const int64_t h_stride = padded<E>(params_.hidden), c_stride = padded<T>(params_.hidden);
+    std::fill_n(buffers.h[0] + row * h_stride, h_stride, E{});
+    std::fill_n(buffers.c + row * c_stride, c_stride, T(0));
   }
 
   StreamParams<S> params_;
@@ -197,8 +201,9 @@ Stream<S>* make_stream(const StreamParams<S>& params) {
       if (narrow) return new StreamStack<S, BFloat16, BFloat16, Cell>(params);
       return new StreamStack<S, BFloat16, S, Cell>(params);
     }
-  if (narrow) return new StreamStack<S, S, S, Cell>(params);
-  return new StreamStack<S, S, Compute<S>, Cell>(params);
+  if constexpr (!kPairs<Operand<S>>)
+    if (!narrow) return new StreamStack<S, S, Compute<S>, Cell>(params);
+  return new StreamStack<S, S, S, Cell>(params);
 }
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE
