@@ -8,7 +8,7 @@ namespace fastlm::cpu {
 namespace {
 
 constexpr int64_t kDecodeRows = 12;        // query heads times queries up to which keys are not packed
-constexpr int64_t kDecodeKeys = 512;       // per item
+constexpr int64_t kDecodeKeys = 512;       // per item, about
 constexpr int64_t kForwardValues = 16384;  // of queries in one item: they, their sums and a chunk of keys share L2
 constexpr int64_t kItemsWanted = 16;       // so many items keep a few threads busy to the end
 constexpr int64_t kPartsWanted = 8;        // the same for backward, where parts of one head cost memory
@@ -80,7 +80,8 @@ AttentionPlan AttentionPlan::make(const AttentionForwardParams<S>& p, int max_th
     const auto sequence = attention_sequence(p, b);
     if (sequence.q_len == 0) continue;
     if (plan.decode) {
-      add_items(plan, b, p.kv_heads, sequence.k_len, kDecodeKeys);
+      const int64_t parts = std::max<int64_t>(1, (sequence.k_len + kDecodeKeys / 2) / kDecodeKeys);
+      add_items(plan, b, p.kv_heads, sequence.k_len, std::max<int64_t>(1, ceil_div(sequence.k_len, parts)));
       continue;
     }
     // Parts of equal size.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlm import _backend
-from fastlm.ops import attention
+from fastlm.ops import attention, scaled_dot_product_attention
 
 NAME = "fastlm"
 
@@ -115,6 +115,12 @@ def attention_forward(
             position_bias = None if position_bias is None else position_bias[..., :q_len]
     if query.shape[0] != key.shape[0]:  # learned queries
         query = query.expand(key.shape[0], -1, -1, -1)
+    special = (attention_mask, softcap, sliding_window, position_bias, s_aux)
+    if not dropout and all(option is None for option in special):  # a token's step feels the checks of the rest
+        output = scaled_dot_product_attention(
+            query, key, value, is_causal=causal is not None, scale=scaling, enable_gqa=True
+        )
+        return output.transpose(1, 2).contiguous(), None
     if attention_mask is None:
         attention_mask, position_bias = position_bias, None
     elif position_bias is not None and attention_mask.dtype != torch.bool:

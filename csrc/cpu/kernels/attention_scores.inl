@@ -21,9 +21,9 @@ template <class T>
 T largest(Vec<T> x) {
   T lanes[Vec<T>::kLanes];
   x.store(lanes);
-  T result = lanes[0];
-  for (T lane : lanes) result = lane > result ? lane : result;
-  return result;
+  for (int width = Vec<T>::kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] < lanes[i + width] ? lanes[i + width] : lanes[i];
+  return lanes[0];
 }
 template <class T>
 T total(Vec<T> x) {

@@ -25,6 +25,8 @@ class CrossEntropy {
   using T = Compute<S>;
   using E = Operand<S>;
   using V = Vec<T>;
+  static constexpr int64_t kRows = kOperandRows<E>;  // of a tile
+  static_assert(kBlockRows % kRows == 0);
 
   // What follows from the sizes.
   struct Layout {
@@ -80,7 +82,7 @@ class CrossEntropy {
       Own o;
       o.logits = workspace.take<T>(l.keeps_logits ? 0 : kBlockRows * l.logit_stride);
       o.weight = workspace.take<E>(l.copies_weight ? kBlockRows * l.row_stride : 0);
-      o.panel = workspace.take<E>(kBlockRows * kCols<T>);
+      o.panel = workspace.take<E>(kBlockRows * (kPairs<E> ? panels_for<T>(p.dim) : 1) * kCols<T>);
       o.grad_rows = workspace.take<E>(kPairs<E> ? kBlockRows * l.grad_stride : 0);
       o.grad_columns = workspace.take<E>(kPairs<E> ? kBlockRows * l.grad_stride : 0);
       o.edge = workspace.take<T>(kBlockRows * kCols<T>);
@@ -130,9 +132,9 @@ class CrossEntropy {
 
   // Whole tiles of words, shared evenly.
   static Words words_of(int64_t i, int64_t pieces, Words all) {
-    const int64_t tiles = (all.end - all.begin + kTileRows - 1) / kTileRows;
-    return {std::min(all.end, all.begin + tiles * i / pieces * kTileRows),
-            std::min(all.end, all.begin + tiles * (i + 1) / pieces * kTileRows)};
+    const int64_t tiles = (all.end - all.begin + kRows - 1) / kRows;
+    return {std::min(all.end, all.begin + tiles * i / pieces * kRows),
+            std::min(all.end, all.begin + tiles * (i + 1) / pieces * kRows)};
   }
   // body(words) for every block of words of a part.
   template <class Body>
@@ -390,26 +392,32 @@ class CrossEntropy {
   }
 
   void add_grad_hidden(Words words, const T* grads, int64_t part, bool first) const {
-    constexpr int64_t kRows = kOperandRows<E>;
-    const int64_t tiles = (rows_ + kRows - 1) / kRows, count = words.end - words.begin;
     T* sums = shared_.partial + part * layout_.block_rows * layout_.row_stride;
     for (int64_t d = 0; d < p_.dim; d += kCols<T>) {
-      pack_columns(p_.weight + words.begin * p_.dim + d, p_.dim, count, p_.dim - d, own_.panel);
-      for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t begin = rows_ * i / tiles, end = rows_ * (i + 1) / tiles;
-        T* to = sums + begin * layout_.row_stride + d;
-        if constexpr (kPairs<E>)
-          multiply<true>(end - begin, count, kCols<T>,
-                         PanelProduct<E>{own_.grad_columns + 2 * begin, 2 * layout_.grad_stride, own_.panel,
-                                         2 * kCols<T>, 0, to, layout_.row_stride},
-                         !first);
-        else
-          run_tile<true>(
-              static_cast<int>(end - begin), 1,
-              TileParams<T>{grads + begin, layout_.logit_stride, own_.panel, kCols<T>, count, to, layout_.row_stride,
-                            first ? Init::kZero : Init::kAccumulate, nullptr, own_.panel});
-      }
+      const int64_t count = words.end - words.begin;
+      E* panel = own_.panel + (kPairs<E> ? d * kBlockRows : 0);
+      pack_columns(p_.weight + words.begin * p_.dim + d, p_.dim, count, p_.dim - d, panel);
+      if constexpr (!kPairs<E>)
+        each_tile([&](int64_t begin, int64_t end) {
+          run_tile<true>(static_cast<int>(end - begin), 1,
+                         TileParams<T>{grads + begin, layout_.logit_stride, panel, kCols<T>, count,
+                                       sums + begin * layout_.row_stride + d, layout_.row_stride,
+                                       first ? Init::kZero : Init::kAccumulate, nullptr, panel});
+        });
     }
+    if constexpr (kPairs<E>)  // with all panels at once: columns of A may have to be brought into rows
+      each_tile([&](int64_t begin, int64_t end) {
+        multiply<true>(end - begin, words.end - words.begin, p_.dim,
+                       PanelProduct<E>{own_.grad_columns + 2 * begin, 2 * layout_.grad_stride, own_.panel, 2 * kCols<T>,
+                                       kBlockRows * kCols<T>, sums + begin * layout_.row_stride, layout_.row_stride},
+                       !first);
+      });
+  }
+  // body(begin, end) for every tile of the block's rows.
+  template <class Body>
+  void each_tile(const Body& body) const {
+    const int64_t tiles = (rows_ + kRows - 1) / kRows;
+    for (int64_t i = 0; i < tiles; ++i) body(rows_ * i / tiles, rows_ * (i + 1) / tiles);
   }
 
   void write_grad_hidden() const {
