@@ -117,10 +117,10 @@ def attention_forward(
         query = query.expand(key.shape[0], -1, -1, -1)
     special = (attention_mask, softcap, sliding_window, position_bias, s_aux)
     if not dropout and all(option is None for option in special):  # a token's step feels the checks of the rest
-        output = scaled_dot_product_attention(
+        plain = scaled_dot_product_attention(
             query, key, value, is_causal=causal is not None, scale=scaling, enable_gqa=True
         )
-        return output.transpose(1, 2).contiguous(), None
+        return plain.transpose(1, 2).contiguous(), None
     if attention_mask is None:
         attention_mask, position_bias = position_bias, None
     elif position_bias is not None and attention_mask.dtype != torch.bool:

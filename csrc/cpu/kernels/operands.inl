@@ -92,14 +92,16 @@ template <class S, class T>
 void pack_panel(const S* from, int64_t from_stride, int64_t rows, int64_t width, T* to, int64_t to_stride) {
   copy_rows(from, from_stride, rows, width, to, to_stride);
 }
-inline void pack_panel(const BFloat16* from, int64_t from_stride, int64_t rows, int64_t width, BFloat16* to,
-                       int64_t to_stride) {
+template <class S>
+void pack_panel(const S* from, int64_t from_stride, int64_t rows, int64_t width, BFloat16* to, int64_t to_stride) {
   using V = Vec<float>;
   for (int64_t r = 0; r < rows; r += 2, from += 2 * from_stride, to += 2 * to_stride) {
     const bool alone = r + 1 == rows;
     for (int64_t i = 0; i < width; i += V::kLanes) {
-      const auto bits = [&](const BFloat16* row)
-                            FASTLM_LAMBDA_INLINE { return (FloatBits)load_as<V>(row + i, width - i).raw >> 16; };
+      const auto bits = [&](const S* row) FASTLM_LAMBDA_INLINE {
+        const V lanes = load_as<V>(row + i, width - i);
+        return kPairs<S> ? (FloatBits)lanes.raw >> 16 : operand_bits(lanes);
+      };
       const FloatBits words = pair_lanes(bits(from), alone ? FloatBits{} : bits(from + from_stride));
       memcpy(to + 2 * i, &words, sizeof(words));
     }

@@ -34,14 +34,23 @@ void recurrent_forward(const RecurrentForwardParams<S>& p, const RecurrentPlan& 
   forward_with_panels<S, S, Cell>(p, plan, parallel_for);
 }
 
+template <class S, class E, class Cell>
+void backward_with_operands(const RecurrentBackwardParams<S>& p, const RecurrentPlan& plan, ParallelFor parallel_for) {
+  using Buffers = BackwardBuffers<S, E, Cell>;
+  Workspace workspace;
+  Buffers::take(workspace, p, plan);
+  workspace.allocate();
+  const auto buffers = Buffers::take(workspace, p, plan);
+  run_team(parallel_for, plan.threads, plan.work_ns, [&](const Team& team) {
+    const TileRegisters in_use;
+    BackwardPass<S, E, Cell>(p, plan, buffers, team).run();
+  });
+}
+
 template <class S, class Cell>
 void recurrent_backward(const RecurrentBackwardParams<S>& p, const RecurrentPlan& plan, ParallelFor parallel_for) {
-  Workspace workspace;
-  BackwardBuffers<S>::template take<Cell>(workspace, p, plan);
-  workspace.allocate();
-  const auto buffers = BackwardBuffers<S>::template take<Cell>(workspace, p, plan);
-  run_team(parallel_for, plan.threads, plan.work_ns,
-           [&](const Team& team) { BackwardPass<S, Cell>(p, plan, buffers, team).run(); });
+  if (plan.direct) return backward_with_operands<S, Compute<S>, Cell>(p, plan, parallel_for);
+  backward_with_operands<S, Operand<S>, Cell>(p, plan, parallel_for);
 }
 
 // A cell's entries in the table, for every element type.

@@ -2,7 +2,7 @@
 // before; per chunk of steps the three large products for grad_x and the weight gradients, accumulated chunk by chunk.
 #pragma once
 
-#include "cpu/kernels/recurrent_layout.inl"
+#include "cpu/kernels/recurrent_backward_pairs.inl"
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
@@ -18,7 +18,8 @@ int64_t d_gates_stride(int64_t hidden) {
   return padded<T>(kSlots * hidden + kSumVecs * Vec<T>::kLanes);
 }
 
-template <class S>
+// E: what products take, T or pairs of S.
+template <class S, class E, class Cell>
 struct BackwardBuffers {
   using T = Compute<S>;
   T* panels_hh;  // [block][G*H][kCols]
@@ -32,48 +33,52 @@ struct BackwardBuffers {
   // Where the weight gradients are summed: the results themselves, or a wider form of them.
   T *grad_w_ih, *grad_w_hh, *grad_b_ih, *grad_b_hh;
   GemmBuffers<T> gemm;
+  typename BackwardPairs<S, Cell>::Buffers pairs;
 
-  template <class Cell>
   static BackwardBuffers take(Workspace& workspace, const RecurrentBackwardParams<S>& p, const RecurrentPlan& plan) {
     const int64_t gates = Cell::kGates * p.hidden, state = p.batch * padded<T>(p.hidden);
     const int64_t rows = plan.backward_rows;
     const bool weights = p.grad_w_ih || p.grad_w_hh;
     const int64_t panels_h = panels_for<T>(p.hidden), panels_i = panels_for<T>(p.input_size);
     BackwardBuffers buffers{};
-    if (!plan.direct) {
+    if constexpr (kPairs<E>) {
+      buffers.pairs = decltype(pairs)::take(workspace, p, plan);
+    } else if (!plan.direct) {
       buffers.panels_hh = workspace.take<T>(panels_h * gates * kCols<T>);
       if (p.grad_x) buffers.panels_ih = workspace.take<T>(panels_i * gates * kCols<T>);
     }
     buffers.d_gates = workspace.take<T>(rows * d_gates_stride<T>(p.hidden));
     buffers.dh = workspace.take<T>(state);
     buffers.dc = workspace.take<T>(state);
-    if (copies_input<T>(p) && weights) buffers.x = workspace.take<T>(rows * p.input_size);
+    if (!kPairs<E> && copies_input<T>(p) && weights) buffers.x = workspace.take<T>(rows * p.input_size);
     buffers.edges = workspace.take<T>(plan.threads * edges_size(p));
-    buffers.late = workspace.take<T>(plan.threads * kDepthInCache<T> * kCols<T>);
-    if (weights) buffers.gemm = GemmBuffers<T>::take(workspace, panels_h + panels_i, rows, plan.threads);
+    if (plan.direct) buffers.late = workspace.take<T>(plan.threads * kDepthInCache<T> * kCols<T>);
+    if (!kPairs<E> && weights) buffers.gemm = GemmBuffers<T>::take(workspace, panels_h + panels_i, rows, plan.threads);
     const auto sums = [&](S* grad, int64_t n) -> T* {
       if constexpr (kWidens<S>)
         return grad ? workspace.take<T>(n) : nullptr;
       else
         return grad;
     };
-    buffers.grad_w_ih = sums(p.grad_w_ih, gates * p.input_size);
-    buffers.grad_w_hh = sums(p.grad_w_hh, gates * p.hidden);
+    buffers.grad_w_ih = sums(p.grad_w_ih, gates * sums_stride(p.input_size));
+    buffers.grad_w_hh = sums(p.grad_w_hh, gates * sums_stride(p.hidden));
     buffers.grad_b_ih = sums(p.grad_b_ih, gates);
     buffers.grad_b_hh = sums(p.grad_b_hh, gates);
     return buffers;
   }
+  // Of rows of weight gradients; products of pairs write whole vectors.
+  static int64_t sums_stride(int64_t width) { return kPairs<E> ? lanes_up<T>(width) : width; }
   static int64_t edges_size(const RecurrentBackwardParams<S>& p) {
     return (copies_input<T>(p) ? panels_for<T>(p.input_size) : 1) * kBlockRows * kCols<T>;
   }
 };
 
-template <class S, class Cell>
+template <class S, class E, class Cell>
 class BackwardPass {
  public:
   using T = Compute<S>;
-  BackwardPass(const RecurrentBackwardParams<S>& p, const RecurrentPlan& plan, const BackwardBuffers<S>& buffers,
-               const Team& team)
+  using Buffers = BackwardBuffers<S, E, Cell>;
+  BackwardPass(const RecurrentBackwardParams<S>& p, const RecurrentPlan& plan, const Buffers& buffers, const Team& team)
       : p_(p),
         plan_(plan),
         buffers_(buffers),
@@ -82,10 +87,14 @@ class BackwardPass {
         rows_(p),
         own_(plan.split_batch ? rows_.split(team) : Team::Range{0, p.batch}),
         stride_(padded<T>(p.hidden)),
-        gates_stride_(d_gates_stride<T>(p.hidden)) {}
+        gates_stride_(d_gates_stride<T>(p.hidden)),
+        pairs_(p, plan, buffers.pairs, rows_, team) {}
 
   void run() {
-    if (!plan_.direct) pack_weights();
+    if constexpr (kPairs<E>)
+      pairs_.pack_weights();
+    else if (!plan_.direct)
+      pack_weights();
     start_state();
     rows_.clear_padding(p_.grad_x, p_.input_size, team_);
     if (rows_.all() == 0) clear_weight_gradients();
@@ -188,6 +197,7 @@ class BackwardPass {
            p_.grad_cells ? p_.grad_cells + place * p_.hidden : nullptr, p_.reserve + row * Cell::kReserve * p_.hidden,
            buffers_.dh + b * stride_, buffers_.dc + b * stride_, d_gates(row - base), p_.hidden},
           begin, end);
+      if constexpr (kPairs<E>) pairs_.round(row - base, d_gates(row - base), begin, end);
     }
   }
 
@@ -201,7 +211,7 @@ class BackwardPass {
   // Carries the gradient over a step, and differentiates the step before it unless that is in the next chunk.
   void carry_and_differentiate(int64_t step, int64_t first, int64_t base, Blocks blocks) {
     if (step > first) fetch_kept(step - 1, blocks);
-    if (step > 0 || p_.grad_h0) carry_back(active(step), d_gates(row_of(step) - base), blocks);
+    if (step > 0 || p_.grad_h0) carry_back(active(step), row_of(step) - base, blocks);
     if (rows_.any_resets()) reset_gradients(step, blocks);
     if (step > first) differentiate(step - 1, base, blocks);
   }
@@ -232,14 +242,20 @@ class BackwardPass {
   }
 
   // dh (these sequences and blocks) = [what bypasses the product +] d_gates times the recurrent weights.
-  void carry_back(Team::Range range, const T* d_gates, Blocks blocks) {
+  void carry_back(Team::Range range, int64_t row, Blocks blocks) {
+    if constexpr (kPairs<E>) {
+      for (int64_t block = blocks.begin; range.begin < range.end && block < blocks.end; ++block)
+        pairs_.carry_back(row + range.begin, range.end - range.begin, block,
+                          buffers_.dh + range.begin * stride_ + block * kCols<T>, stride_);
+      return;
+    }
     bool first = !Cell::kCarriesHidden;
     for (const auto& run : Cell::kRuns) {
       if (!run.state) continue;
       for (int64_t k = 0; k < run.count * p_.hidden; k += kDepthInCache<T>, first = false)
-        carry_back_piece(range, d_gates + range.begin * gates_stride_ + run.slot * p_.hidden + k,
-                         run.gate * p_.hidden + k, std::min(kDepthInCache<T>, run.count * p_.hidden - k),
-                         first ? Init::kZero : Init::kAccumulate, blocks);
+        carry_back_piece(range, d_gates(row + range.begin) + run.slot * p_.hidden + k, run.gate * p_.hidden + k,
+                         std::min(kDepthInCache<T>, run.count * p_.hidden - k), first ? Init::kZero : Init::kAccumulate,
+                         blocks);
     }
   }
 
@@ -270,6 +286,14 @@ class BackwardPass {
 
   // Rows are counted within the chunk, whose first is `base`.
   void input_gradient_block(int64_t base, Team::Range rows, Team::Range panels) {
+    if constexpr (kPairs<E>) {
+      T* sums = edge(0);
+      for (int64_t i = panels.begin; i < panels.end; ++i) {
+        pairs_.input_gradient(rows.begin, rows.end - rows.begin, i, sums);
+        write_input_gradient(base, rows, i, sums);
+      }
+      return;
+    }
     const int64_t depth = Cell::kGates * p_.hidden;
     for (int64_t k = 0; k < depth; k += kDepthInCache<T>)
       for (int64_t i = panels.begin; i < panels.end; ++i)
@@ -291,16 +315,21 @@ class BackwardPass {
       if (!aside && cols == kCols<T>)
         return sum_in(p_.grad_x + (base + rows.begin) * p_.input_size + col, p_.input_size);
     // Aside where rows lie elsewhere or in another type, and for the last, partial panel: a tile writes whole vectors.
-    T* edge =
-        buffers_.edges + team_.rank * BackwardBuffers<S>::edges_size(p_) + (aside ? panel : 0) * kBlockRows * kCols<T>;
-    sum_in(edge, kCols<T>);
-    if (k + depth < Cell::kGates * p_.hidden) return;
-    for (int64_t row = rows.begin; row < rows.end; ++row, edge += kCols<T>)
-      copy_values(static_cast<const T*>(edge), p_.grad_x + rows_.place(base + row) * p_.input_size + col, cols);
+    T* sums = edge(aside ? panel : 0);
+    sum_in(sums, kCols<T>);
+    if (k + depth == Cell::kGates * p_.hidden) write_input_gradient(base, rows, panel, sums);
+  }
+
+  T* edge(int64_t i) const { return buffers_.edges + team_.rank * Buffers::edges_size(p_) + i * kBlockRows * kCols<T>; }
+  void write_input_gradient(int64_t base, Team::Range rows, int64_t panel, const T* sums) {
+    const int64_t col = panel * kCols<T>, cols = std::min(kCols<T>, p_.input_size - col);
+    for (int64_t row = rows.begin; row < rows.end; ++row, sums += kCols<T>)
+      copy_values(sums, p_.grad_x + rows_.place(base + row) * p_.input_size + col, cols);
   }
 
   // The slots' gradients meet x and the states before the steps; both products of a run share their packing.
   void weight_gradients(Team::Range rows, bool accumulate) {
+    if constexpr (kPairs<E>) return pairs_.weight_gradients(rows, accumulate, buffers_.grad_w_ih, buffers_.grad_w_hh);
     const T* h = p_.reserve + (rows.begin * Cell::kReserve + Cell::kHiddenKept) * p_.hidden;
     const T* x = buffers_.x;
     if constexpr (!kWidens<S>)
@@ -333,14 +362,14 @@ class BackwardPass {
   template <class Body>
   void for_weight_gradients(const Body& body) {
     const int64_t gates = Cell::kGates * p_.hidden;
-    const auto each = [&](T* sums, S* grad, int64_t n) {
-      const auto own = team_.split(n, 64);
-      if (grad) body(sums + own.begin, grad + own.begin, own.end - own.begin);
+    const auto each = [&](T* sums, S* grad, int64_t rows, int64_t width, int64_t stride) {
+      const auto own = team_.split(rows);
+      for (int64_t i = own.begin; grad && i < own.end; ++i) body(sums + i * stride, grad + i * width, width);
     };
-    each(buffers_.grad_w_ih, p_.grad_w_ih, gates * p_.input_size);
-    each(buffers_.grad_w_hh, p_.grad_w_hh, gates * p_.hidden);
-    each(buffers_.grad_b_ih, p_.grad_b_ih, gates);
-    each(buffers_.grad_b_hh, p_.grad_b_hh, gates);
+    each(buffers_.grad_w_ih, p_.grad_w_ih, gates, p_.input_size, Buffers::sums_stride(p_.input_size));
+    each(buffers_.grad_w_hh, p_.grad_w_hh, gates, p_.hidden, Buffers::sums_stride(p_.hidden));
+    each(buffers_.grad_b_ih, p_.grad_b_ih, 1, gates, gates);
+    each(buffers_.grad_b_hh, p_.grad_b_hh, 1, gates, gates);
   }
   void clear_weight_gradients() {
     for_weight_gradients([](T* sums, S*, int64_t n) { std::fill_n(sums, n, T(0)); });
@@ -396,12 +425,13 @@ class BackwardPass {
 
   const RecurrentBackwardParams<S>& p_;
   const RecurrentPlan& plan_;
-  const BackwardBuffers<S>& buffers_;
+  const Buffers& buffers_;
   const Team& team_;
   const RecurrentSizes<T> sizes_;
   const StepRows rows_;
   const Team::Range own_;
   const int64_t stride_, gates_stride_;
+  BackwardPairs<S, Cell> pairs_;
 };
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE
