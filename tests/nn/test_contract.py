@@ -14,10 +14,11 @@ from torch.export import Dim
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils._pytree import tree_map
 
 import fastlm
 from tests.nn.twins import CELLS, LAYERS, check_twins, make, outputs_of, states
-from tests.numerics import check
+from tests.numerics import check, check_all
 
 layer = pytest.mark.parametrize("name", LAYERS)
 every = pytest.mark.parametrize("name", LAYERS + CELLS)
@@ -244,14 +245,16 @@ WEIGHT_NORMS = {
 @pytest.mark.parametrize("norm", WEIGHT_NORMS.values(), ids=WEIGHT_NORMS)
 def test_computed_weights(name: str, norm) -> None:
     ours, theirs = make(name, 5, 7)
-    for module in (ours, theirs):
+    exact = copy.deepcopy(theirs)
+    for module in (ours, theirs, exact):
         torch.manual_seed(0)
         # In training a spectral norm moves at each reading of the weight, and torch.nn.GRU reads it more than once.
         norm(module.eval(), "weight_hh" if name in CELLS else "weight_hh_l0")
     call = example(name), states(name, (4, 7) if name in CELLS else (1, 4, 7))
-    sums = [sum(value.sum() for value in outputs_of(module(*call)).values()) for module in (ours, theirs)]
-    check("sum", sums[0], sums[1], sums[1].double())
-    for parameter, got in zip(ours.parameters(), torch.autograd.grad(sums[0], list(ours.parameters())), strict=True):
+    got, same = (outputs_of(module(*call)) for module in (ours, theirs))
+    check_all(got, same, outputs_of(exact.double()(*tree_map(torch.Tensor.double, call))))
+    total = sum(value.sum() for value in got.values())
+    for parameter, got in zip(ours.parameters(), torch.autograd.grad(total, list(ours.parameters())), strict=True):
         assert got.shape == parameter.shape
         assert got.abs().sum() > 0
     with torch.no_grad():
