@@ -342,7 +342,7 @@ def differs(isa: str, dtype: torch.dtype) -> bool:
 
 
 def each_isa(dtype: torch.dtype) -> Iterator[str]:
-    """The instruction sets usable here that differ, each in use while it is given out ("pure" without the extension)."""
+    """The instruction sets usable here that differ, each in use while given out ("pure" without the extension)."""
     if _native.module is None:
         yield "pure"
         return
