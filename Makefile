@@ -23,11 +23,14 @@ help:
 demo: $(VENV)/.kernels
 	$(BIN)/python -m fastlm.demo
 
+# Every test has one torch thread but where two are the point, so that processes share the cores well.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
 test: $(VENV)/.kernels
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-full: $(VENV)/.kernels
-	FASTLM_TEST_FULL=1 $(BIN)/python -m pytest
+	FASTLM_TEST_FULL=1 $(PYTEST)
 
 N ?= 20000
 FIRST ?= 0
