@@ -21,7 +21,7 @@ class BackwardPairs {
 
   struct Buffers {
     E *panels_hh, *panels_ih;
-    E *gates, *columns;      // gradients of the slots: [row](4H, padded); [row / 2](4H, padded)[2]
+    E *gates, *columns;      // gradients of the slots: [row][slot][H, in whole pairs]; [row / 2][slot][H, likewise][2]
     E* x;                    // [row][I], where rows of the input lie apart
     E *x_panels, *h_panels;  // [panel][row / 2][kCols][2], h: before the steps
 
@@ -47,6 +47,7 @@ class BackwardPairs {
         rows_(rows),
         team_(team),
         stride_(stride(p)),
+        slot_stride_(even_up(p.hidden)),
         panel_size_(panel_depth<E>(p.hidden) * kCols<T>),
         panel_step_(even_up(plan.backward_rows) * kCols<T>) {}
 
@@ -67,11 +68,12 @@ class BackwardPairs {
   void round(int64_t row, const T* d_gates, int64_t begin, int64_t end) {
     E* to = buffers_.gates + row * stride_;
     for (int slot = 0; slot < kSlots; ++slot)
-      for (int64_t u = slot * p_.hidden + begin; u < slot * p_.hidden + end; u += V::kLanes) {
-        const int64_t n = std::min<int64_t>(V::kLanes, slot * p_.hidden + end - u);
-        store_as(V::load_partial(d_gates + u, n), to + u, n);
+      for (int64_t u = begin; u < end; u += V::kLanes) {
+        const int64_t n = std::min<int64_t>(V::kLanes, end - u);
+        store_as(V::load_partial(d_gates + slot * p_.hidden + u, n), to + slot * slot_stride_ + u, n);
       }
-    to[kSlots * p_.hidden] = E{};  // what the last pair of an odd number of units ends with
+    for (int slot = 0; end == p_.hidden && end < slot_stride_ && slot < kSlots; ++slot)
+      to[slot * slot_stride_ + end] = E{};
   }
 
   // dh (rows, kCols of a block) = [dh +] gradients of the slots from `row` on times the recurrent weights.
@@ -101,13 +103,13 @@ class BackwardPairs {
   }
 
  private:
-  static int64_t stride(const RecurrentBackwardParams<S>& p) { return row_stride<E>(kSlots * p.hidden + 1); }
+  static int64_t stride(const RecurrentBackwardParams<S>& p) { return row_stride<E>(kSlots * even_up(p.hidden)); }
 
   template <class SlotOf>
   void times_weights(int64_t row, int64_t rows, const E* panels, const SlotOf& slot_of, T* c, int64_t c_stride,
                      bool accumulate) {
     for (int gate = 0; gate < Cell::kGates; ++gate, panels += panel_size_)
-      rows_times_panel<E, E, T>(buffers_.gates + row * stride_ + slot_of(gate) * p_.hidden, stride_, rows, panels,
+      rows_times_panel<E, E, T>(buffers_.gates + row * stride_ + slot_of(gate) * slot_stride_, stride_, rows, panels,
                                 p_.hidden, c, c_stride, accumulate || gate > 0 ? Init::kAccumulate : Init::kZero,
                                 nullptr, 1, panels);
   }
@@ -116,7 +118,7 @@ class BackwardPairs {
   void bring_together(Team::Range rows) {
     const int64_t count = rows.end - rows.begin;
     const auto own = team_.split(count, 2);
-    pack_panel(buffers_.gates + own.begin * stride_, stride_, own.end - own.begin, kSlots * p_.hidden,
+    pack_panel(buffers_.gates + own.begin * stride_, stride_, own.end - own.begin, kSlots * slot_stride_,
                buffers_.columns + own.begin * stride_, stride_);
     const S* x = p_.x + rows.begin * p_.input_size;
     if (!rows_.in_place()) {
@@ -145,7 +147,7 @@ class BackwardPairs {
     const int64_t grad_stride = lanes_up<T>(width);
     for (int64_t k = 0; k < count; k += kDepth)
       multiply<true>(std::min(kRows, p_.hidden - unit), std::min(kDepth, count - k), width,
-                     PanelProduct<E>{buffers_.columns + k * stride_ + 2 * (slot * p_.hidden + unit), 2 * stride_,
+                     PanelProduct<E>{buffers_.columns + k * stride_ + 2 * (slot * slot_stride_ + unit), 2 * stride_,
                                      panels + k * kCols<T>, kPairing<E> * kCols<T>, panel_step_,
                                      grad + (gate * p_.hidden + unit) * grad_stride, grad_stride},
                      accumulate || k > 0);
@@ -155,7 +157,7 @@ class BackwardPairs {
   const Buffers& buffers_;
   const StepRows& rows_;
   const Team& team_;
-  const int64_t stride_, panel_size_, panel_step_;
+  const int64_t stride_, slot_stride_, panel_size_, panel_step_;
 };
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE
