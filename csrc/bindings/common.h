@@ -15,6 +15,7 @@
 
 #include "core/dtype.h"
 #include "cpu/team.h"
+#include "cpu/workspace.h"
 
 namespace fastlm::bindings {
 
@@ -76,6 +77,8 @@ T* write(const OptionalTensor& tensor) {
   return tensor ? static_cast<T*>(tensor->mutable_data_ptr()) : nullptr;
 }
 
+constexpr int64_t kHugeTensor = 2 * cpu::kHugePage;
+
 // Straight to torch's allocator: a small call would feel the dispatcher's microseconds.
 inline Tensor empty_strided(const Tensor& like, const Shape& shape, const int64_t* strides, ScalarType dtype) {
   int32_t device_type = 0;
@@ -84,7 +87,11 @@ inline Tensor empty_strided(const Tensor& like, const Shape& shape, const int64_
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       shape.count, shape.sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       device_type, 0, &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  const int64_t bytes = tensor.numel() * tensor.element_size();
+  // The allocator gives large tensors back to the system, so their pages come anew with every call: 512 times fewer.
+  if (bytes >= kHugeTensor) cpu::ask_for_huge_pages(tensor.mutable_data_ptr(), bytes);
+  return tensor;
 }
 inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
   int64_t strides[4], stride = 1;

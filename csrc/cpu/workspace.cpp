@@ -2,6 +2,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -19,7 +20,6 @@
 namespace fastlm::cpu {
 namespace {
 
-constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kMostKept = 64 << 20;
 
 // The last block given back, for the next call: fresh memory costs a page fault every 4 KiB, more than a short call's
@@ -35,6 +35,14 @@ Kept& kept() {
 }
 
 }  // namespace
+
+void ask_for_huge_pages([[maybe_unused]] void* begin, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  static const int64_t page = sysconf(_SC_PAGESIZE);
+  const auto first = reinterpret_cast<uintptr_t>(begin), aligned = first / page * page;
+  madvise(reinterpret_cast<void*>(aligned), bytes + (first - aligned), MADV_HUGEPAGE);
+#endif
+}
 
 void Workspace::allocate() {
   const int64_t needed = std::exchange(used_, 0);
@@ -56,9 +64,7 @@ void Workspace::allocate_fresh(int64_t needed) {
   size_ = (needed + unit) / unit * unit;
   base_ = static_cast<char*>(std::aligned_alloc(unit, size_));
   if (!base_) throw std::bad_alloc();
-#if defined(__linux__)
-  if (unit == kHugePage) madvise(base_, size_, MADV_HUGEPAGE);  // columns are read, a page apart each; a wish only
-#endif
+  if (unit == kHugePage) ask_for_huge_pages(base_, size_);  // columns are read, a page apart each
 }
 
 void Workspace::guard([[maybe_unused]] int64_t begin, [[maybe_unused]] int64_t end) const {
