@@ -242,15 +242,35 @@ class TokenModel(nn.Module):
         return cross_entropy(output.flatten(0, 1), targets.flatten())
 
 
-class FusedTokenModel(TokenModel):
-    """The same with the output layer and its loss in one."""
+class CausalModel(nn.Module):
+    """A TokenModel's weights in fastlm's own language model."""
+
+    def __init__(self, model: TokenModel) -> None:
+        from fastlm.models import RNNConfig, RNNForCausalLM  # needs the extra lm
+
+        super().__init__()
+        vocabulary, embedding = model.embedding.weight.shape
+        config = RNNConfig(
+            vocab_size=vocabulary,
+            cell=model.rnn.mode.lower(),
+            embedding_size=embedding,
+            hidden_size=model.rnn.hidden_size,
+            num_layers=1,
+            dropout=0.0,
+            tie_word_embeddings=False,
+        )
+        self.model = RNNForCausalLM(config)
+        self.model.model.embed_tokens.load_state_dict(model.embedding.state_dict())
+        self.model.model.rnn.load_state_dict(model.rnn.state_dict())
+        self.model.lm_head.load_state_dict(model.linear.state_dict())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """As TokenModel."""
+        return self.model(input_ids=tokens.t(), use_cache=False).logits.transpose(0, 1)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """As TokenModel."""
-        if self.last_only:
-            return super().loss(tokens, targets)
-        hidden = self.rnn(self.embedding(tokens))[0]
-        return fastlm.ops.linear_cross_entropy(hidden, self.linear.weight, targets, self.linear.bias)
+        return self.model(input_ids=tokens.t(), shift_labels=targets.t(), use_cache=False, skip_logits=True).loss
 
 
 VOCABULARY = 10000
@@ -272,7 +292,8 @@ class LanguageModel(Layer):
         return TokenModel(self.recurrent(), VOCABULARY, self.outputs, self.last_only)
 
     def fast_module(self) -> nn.Module:
-        return FusedTokenModel(fastlm.replace(self.recurrent()), VOCABULARY, self.outputs, self.last_only)
+        model = self.module()
+        return fastlm.replace(model) if self.last_only else CausalModel(model)
 
     def _tokens(self, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)

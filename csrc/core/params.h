@@ -21,6 +21,7 @@ struct GemmParams {
   T* c;  // (M, N)
   int64_t c_stride;
   bool accumulate;  // add to C instead of overwriting it
+  const T* bias;    // (N), what rows of C start from, or null; null if accumulate
 };
 
 // Sequences of several lengths (cpu/sequences.h makes it). Work goes over them sorted by falling length, so that the

@@ -66,12 +66,13 @@ class Team {
     ++round_;
     for (int turn = 0; turn < size; ++turn) {
       const int owner = (rank + turn) % size;
-      const Range items = part(owner, n, 1);
+      Range items = part(owner, n, 1);
       const bool last = backwards == (turn == 0);
-      if (size == 1)
-        for (int64_t i = 0; i < n; ++i) body(last ? n - 1 - i : i);
-      else
-        for (int64_t item; (item = state_->take(owner, round_, items.begin, items.end, last)) >= 0;) body(item);
+      const auto next = [&] {
+        if (size > 1) return state_->take(owner, round_, items.begin, items.end, last);
+        return items.begin == items.end ? -1 : last ? --items.end : items.begin++;
+      };
+      for (int64_t item; (item = next()) >= 0;) body(item);
     }
   }
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastlm import ops
 from fastlm.models import _generation
 from fastlm.models._sampling import Sampling
+from fastlm.ops.gemm import linear
 
 IGNORE_INDEX = -100
 
@@ -44,7 +45,7 @@ class CausalLM:
             raise ValueError("skip_logits: expected labels or shift_labels with skip_logits=True")
         if not (self.training and loss is not None if skip_logits is None else skip_logits):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, kept])
+            logits = linear(self.lm_head, hidden[:, kept])
         return loss, logits
 
     def _compute_loss(

@@ -43,7 +43,7 @@ SCHEMAS = (
     f" float label_smoothing, {_NEEDED}) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     "gelu_forward(Tensor x) -> Tensor",
     "gelu_backward(Tensor grad_output, Tensor x) -> Tensor",
-    "gemm(Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> Tensor",
+    "gemm(Tensor a, Tensor b, bool transpose_a, bool transpose_b, Tensor? bias=None) -> Tensor",
 )
 
 for _schema in SCHEMAS:

@@ -88,9 +88,12 @@ def lstm(
     return output.to(dtype), (h_n.to(dtype), c_n.to(dtype)), cells.to(dtype)
 
 
-def gemm(a: Tensor, b: Tensor, transpose_a: bool = False, transpose_b: bool = False) -> Tensor:
-    """op(a) @ op(b) of two matrices."""
-    return torch.matmul(a.mT if transpose_a else a, b.mT if transpose_b else b)
+def gemm(
+    a: Tensor, b: Tensor, transpose_a: bool = False, transpose_b: bool = False, bias: Tensor | None = None
+) -> Tensor:
+    """op(a) @ op(b) of two matrices, plus bias (N,)."""
+    product = torch.matmul(a.mT if transpose_a else a, b.mT if transpose_b else b)
+    return product if bias is None else product + bias
 
 
 def active_steps(seq_len: int, lengths: Tensor) -> Tensor:

@@ -119,6 +119,7 @@ def test_opcheck_gemm(dtype: torch.dtype, form: tuple[bool, bool]) -> None:
         torch.randn((5, 4) if form[1] else (4, 5), dtype=dtype),
     )
     torch.library.opcheck(torch.ops.fastlm.gemm.default, (a, b, *form))
+    torch.library.opcheck(torch.ops.fastlm.gemm.default, (a, b, *form, torch.randn(5, dtype=dtype)))
 
 
 def equal(got: Outputs, expected: Outputs) -> bool:

@@ -1,5 +1,6 @@
 """The product kernel: every transpose form, odd sizes, both dtypes, every ISA."""
 
+import copy
 from itertools import product
 
 import numpy as np
@@ -7,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastlm
+from fastlm import _native
+from fastlm.ops import gemm
 from tests.numerics import check
 
 # (m, n, k): around tile and panel edges, skinny in each dimension, deep enough for several blocks of k.
@@ -38,6 +42,10 @@ def test_product(isa: str, shape: tuple[int, int, int], form: tuple[bool, bool])
         truth = op_a.numpy().astype(np.longdouble) @ op_b.numpy().astype(np.longdouble)
         got = torch.ops.fastlm.gemm(a, b, *form)
         check(f"gemm {dtype}", got, op_a @ op_b, torch.from_numpy(truth.astype(np.float64)))
+        bias = torch.randn(shape[1], dtype=dtype)
+        got = torch.ops.fastlm.gemm(a, b, *form, bias)
+        truth = truth + bias.numpy()
+        check(f"gemm {dtype} bias", got, op_a @ op_b + bias, torch.from_numpy(truth.astype(np.float64)))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=form_id)
@@ -53,6 +61,8 @@ def test_empty(isa: str, form: tuple[bool, bool]) -> None:
     for m, n, k in ((0, 3, 4), (3, 0, 4), (3, 4, 0)):
         a, b = operands(m, n, k, form, torch.ones)
         assert torch.equal(torch.ops.fastlm.gemm(a, b, *form), torch.zeros(m, n))
+        bias = torch.randn(n)
+        assert torch.equal(torch.ops.fastlm.gemm(a, b, *form, bias), bias.expand(m, n))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=form_id)
@@ -65,3 +75,35 @@ def test_not_finite_stays_in_its_row_and_column(isa: str, form: tuple[bool, bool
         expected = torch.full((m, n), float(k))
         expected[2] = value
         assert torch.equal(torch.ops.fastlm.gemm(a, b, *form).nan_to_num(-1), expected.nan_to_num(-1))
+
+
+@pytest.mark.skipif(_native.module is None, reason="needs the extension")
+def test_linear_is_the_product_where_nothing_stands_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients the product, else the layer."""
+    calls: list[bool] = []
+    product = gemm._gemm
+    monkeypatch.setattr(gemm, "_gemm", lambda *args: calls.append(True) or product(*args))
+    layer, x = torch.nn.Linear(19, 37), torch.randn(2, 5, 19)
+    truth = copy.deepcopy(layer).double()(x.double()).detach()
+
+    with torch.no_grad():
+        for rows in (x, x.transpose(0, 1), x[:, :0], x[0, 0]):
+            got = gemm.linear(layer, rows)
+            assert got.shape == layer(rows).shape
+            assert got.is_contiguous()
+        check("linear", gemm.linear(layer, x), layer(x), truth)
+    layer.requires_grad_(False)
+    check("frozen", gemm.linear(layer, x), layer(x), truth)
+    assert len(calls) == 6
+
+    assert gemm.linear(layer.requires_grad_(), x).requires_grad
+    with torch.no_grad(), fastlm.backend("reference"):
+        check("reference", gemm.linear(layer, x), layer(x), truth)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert gemm.linear(layer, x).dtype == torch.bfloat16
+    with torch.no_grad():
+        assert gemm.linear(copy.deepcopy(layer).bfloat16(), x.bfloat16()).dtype == torch.bfloat16
+        assert gemm.linear(copy.deepcopy(layer).to("meta"), x.to("meta")).shape == (2, 5, 37)
+        layer.register_forward_hook(lambda *_: torch.zeros(1))
+        assert gemm.linear(layer, x).shape == (1,)
+    assert len(calls) == 6

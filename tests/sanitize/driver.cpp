@@ -194,10 +194,10 @@ Bytes stream(bool lstm, int64_t batch, int64_t input_size, int64_t hidden, bool 
 template <class T>
 Bytes product(int64_t m, int64_t n, int64_t k, bool transpose_a, bool transpose_b, const Pool& pool) {
   generator.seed(static_cast<unsigned>(m + n + k));
-  const auto a = random<T>(m * k), b = random<T>(k * n);
+  const auto a = random<T>(m * k), b = random<T>(k * n), bias = random<T>(n);
   std::vector<T> c(m * n);
   cpu::gemm(GemmParams<T>{m, n, k, a.data(), transpose_a ? m : k, transpose_a, b.data(), transpose_b ? k : n,
-                          transpose_b, c.data(), n, false},
+                          transpose_b, c.data(), n, false, m % 2 ? bias.data() : nullptr},
             pool.threads, pool.run);
   Bytes results;
   add(results, c);

@@ -28,8 +28,8 @@ class AttentionBackward {
     Keys *tiles, *rows;                            // what tiles and rows of a block see
     T* partial;                                    // of all members: gradients of q by part, where there are several
 
-    static Buffers take(Workspace& workspace, const AttentionBackwardParams<S>& p, const AttentionPlan& plan,
-                        int64_t query_rows) {
+    FASTLM_NOINLINE static Buffers take(Workspace& workspace, const AttentionBackwardParams<S>& p,
+                                        const AttentionPlan& plan, int64_t query_rows) {
       const int64_t q_stride = row_stride<T>(p.dim), v_stride = row_stride<T>(p.v_dim);
       const int64_t s_stride = row_stride<T>(kBlockKeys), block = kBlockQueries * s_stride;
       const int64_t q_len = even_up(p.q_len);

@@ -37,7 +37,7 @@ class AttentionDecode {
     T* sums;              // of all items, as what follows
     Softmax<T>* softmax;
 
-    static Buffers take(Workspace& workspace, const AttentionParams<S>& p, const AttentionPlan& plan) {
+    FASTLM_NOINLINE static Buffers take(Workspace& workspace, const AttentionParams<S>& p, const AttentionPlan& plan) {
       Buffers b;
       const int64_t rows = plan.most_rows, items = static_cast<int64_t>(plan.items.size());
       b.queries = workspace.take<T>(plan.threads * rows * row_stride<T>(p.dim));

@@ -28,7 +28,7 @@ class AttentionForward {
     Softmax<T>* softmax;
     Keys* seen;  // of every tile, in the chunk at hand
 
-    static Buffers take(Workspace& workspace, const AttentionParams<S>& p, int64_t rows) {
+    FASTLM_NOINLINE static Buffers take(Workspace& workspace, const AttentionParams<S>& p, int64_t rows) {
       Buffers b;
       b.key_panels = workspace.take<E>(kChunkKeys * panel_depth<E>(p.dim));
       b.values = workspace.take<E>(kChunkKeys * row_stride<T>(p.v_dim));

@@ -26,7 +26,7 @@ struct DotParams {
 };
 
 template <class S, class A, int R, int W>
-__attribute__((noinline)) void dot_tile(const DotParams<S, A>& p) {
+FASTLM_NOINLINE void dot_tile(const DotParams<S, A>& p) {
   using T = Compute<S>;
   using V = Vec<T>;
   V acc[R][W];
@@ -77,5 +77,13 @@ void dot_product(DotParams<S, A> p, int64_t rows) {
       }
   }
 }
+
+#define FASTLM_SHARED_DOTS(keyword)                                      \
+  keyword template void dot_product(DotParams<float, float>, int64_t);   \
+  keyword template void dot_product(DotParams<double, double>, int64_t); \
+  keyword template void dot_product(DotParams<BFloat16, float>, int64_t)
+#ifndef FASTLM_BFLOAT16_ONLY
+FASTLM_SHARED_DOTS(extern);
+#endif
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

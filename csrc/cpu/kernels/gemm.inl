@@ -47,6 +47,14 @@ void pack_transposed(const S* b, int64_t stride, int64_t depth, int64_t cols, T*
     for (int64_t k = 0; k < depth; ++k) panel[k * kCols<T> + n] = n < cols ? widen(b[n * stride + k]) : T(0);
 }
 
+#define FASTLM_SHARED_PACKING(keyword)                                                      \
+  keyword template void pack_transposed(const float*, int64_t, int64_t, int64_t, float*);   \
+  keyword template void pack_transposed(const double*, int64_t, int64_t, int64_t, double*); \
+  keyword template void pack_transposed(const BFloat16*, int64_t, int64_t, int64_t, float*)
+#ifndef FASTLM_BFLOAT16_ONLY
+FASTLM_SHARED_PACKING(extern);
+#endif
+
 // As a panel of pairs along k, [depth / 2][kCols][2]: pairs are words of four bytes.
 inline void pack_transposed(const BFloat16* b, int64_t stride, int64_t depth, int64_t cols, BFloat16* panel) {
   constexpr int64_t kWords = kCols<float>;
@@ -113,12 +121,19 @@ struct GemmBuffers {
   }
 };
 
+// What C starts from.
+template <class T>
+Init first_init(const GemmParams<T>& p) {
+  return p.accumulate ? Init::kAccumulate : p.bias ? Init::kBias : Init::kZero;
+}
+
 // One block of k of one panel of C: rows [begin, end), at most kBlockRows.
 template <class T>
 void block_times_panel(const GemmParams<T>& p, const T* a_tiles, int64_t begin, int64_t end, int64_t k, int64_t depth,
                        const T* panel, int64_t col, T* edge) {
   const int64_t cols = std::min(kCols<T>, p.n - col);
-  const Init init = k > 0 || p.accumulate ? Init::kAccumulate : Init::kZero;
+  const Init init = k > 0 ? Init::kAccumulate : first_init(p);
+  const T* bias = p.bias ? p.bias + col : nullptr;
   const int deal = accumulators(p.m);
   const int64_t limit = p.a_transposed || deal == 1 ? kTileRows : deal == 2 ? 3 : 1;
   for (int64_t m = begin; m < end; m += limit) {
@@ -133,7 +148,7 @@ void block_times_panel(const GemmParams<T>& p, const T* a_tiles, int64_t begin, 
                        whole ? c : edge,
                        whole ? p.c_stride : kCols<T>,
                        whole ? init : Init::kZero,
-                       nullptr,
+                       bias,
                        fetch_ahead<T>(panel, panel + depth * kCols<T>, (m - begin) / limit)};
     if (p.a_transposed) {
       tile.a = a_tiles + (m - begin) * depth;
@@ -144,9 +159,10 @@ void block_times_panel(const GemmParams<T>& p, const T* a_tiles, int64_t begin, 
       run_tile<false>(rows, deal, tile);
     }
     if (whole) continue;
-    for (int r = 0; r < rows; ++r)
-      for (int64_t j = 0; j < cols; ++j)
-        c[r * p.c_stride + j] = edge[r * kCols<T> + j] + (init == Init::kAccumulate ? c[r * p.c_stride + j] : T(0));
+    for (int r = 0; r < rows; ++r, c += p.c_stride) {
+      const T* start = init == Init::kAccumulate ? c : bias;
+      for (int64_t j = 0; j < cols; ++j) c[j] = edge[r * kCols<T> + j] + (start ? start[j] : T(0));
+    }
   }
 }
 
@@ -204,10 +220,15 @@ void block_times_panels(const Products<T>& products, int64_t begin, int64_t end,
       }
 }
 
+// The product of no depth.
 template <class T>
-void fill_zero(const GemmParams<T>& p, const Team& team) {
+void start_rows(const GemmParams<T>& p, const Team& team) {
   const auto own = team.split(p.m);
-  for (int64_t m = own.begin; m < own.end; ++m) std::fill_n(p.c + m * p.c_stride, p.n, T(0));
+  for (int64_t m = own.begin; m < own.end; ++m)
+    if (p.bias)
+      std::copy_n(p.bias, p.n, p.c + m * p.c_stride);
+    else
+      std::fill_n(p.c + m * p.c_stride, p.n, T(0));
 }
 
 // Run by every member. Ends without a barrier: whoever reads C from another member's part waits first.
@@ -215,7 +236,7 @@ template <class T>
 void gemm(const Products<T>& products, const GemmBuffers<T>& buffers, const Team& team) {
   const auto& p = products.parts[0];
   for (int i = 0; p.k == 0 && i < products.count; ++i)
-    if (!products.parts[i].accumulate) fill_zero(products.parts[i], team);
+    if (!products.parts[i].accumulate) start_rows(products.parts[i], team);
   const int64_t panels = products.panels();
   const bool split_rows = p.m >= 2 * kTileRows * team.size && (p.m >= panels * kCols<T> || panels < 2 * team.size);
   // Items of equal size, as many for each member.
@@ -242,6 +263,13 @@ void gemm(const Products<T>& products, const GemmBuffers<T>& buffers, const Team
   }
 }
 
+#define FASTLM_SHARED_GEMM(keyword)                                                           \
+  keyword template void gemm(const Products<float>&, const GemmBuffers<float>&, const Team&); \
+  keyword template void gemm(const Products<double>&, const GemmBuffers<double>&, const Team&)
+#ifndef FASTLM_BFLOAT16_ONLY
+FASTLM_SHARED_GEMM(extern);
+#endif
+
 // The same for few rows, all of them whole in k: a panel of B is packed by the member that multiplies with it, and read
 // while it is in that member's L1.
 template <class T>
@@ -265,7 +293,7 @@ void gemm(const GemmParams<T>& p, const GemmBuffers<T>& buffers, const Team& tea
   if (p.m > kDotRowsAtMost) return gemm_few_rows(p, buffers, team);
   const auto own = team.split(p.n, 8);
   dot_product<T>({p.a, p.a_stride, p.b + own.begin * p.b_stride, p.b_stride, own.end - own.begin, p.k, p.c + own.begin,
-                  p.c_stride, p.accumulate ? Init::kAccumulate : Init::kZero, nullptr},
+                  p.c_stride, first_init(p), p.bias ? p.bias + own.begin : nullptr},
                  p.m);
 }
 

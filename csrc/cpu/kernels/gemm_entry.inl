@@ -1,10 +1,11 @@
-// The product as an operation of its own, and the measure of what the machine could do.
+// The product as an operation of its own, and the measure of what the machine could do. What other families share of
+// products is compiled here too.
 #pragma once
 
 #include <chrono>
 
 #include "cpu/isa.h"
-#include "cpu/kernels/gemm.inl"
+#include "cpu/kernels/operands.inl"
 #include "cpu/workspace.h"
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
@@ -46,6 +47,12 @@ double fma_peak(double seconds) {
   (void)sink;
   return 2. * V::kLanes * kChains * static_cast<double>(rounds) / elapsed / 1e9;
 }
+
+FASTLM_SHARED_TILES();
+FASTLM_SHARED_DOTS();
+FASTLM_SHARED_PACKING();
+FASTLM_SHARED_GEMM();
+FASTLM_SHARED_NARROW_TILES();
 
 extern const GemmKernels<float> kGemmFloat{gemm_entry<float>, fma_peak<float>};
 extern const GemmKernels<double> kGemmDouble{gemm_entry<double>, fma_peak<double>};

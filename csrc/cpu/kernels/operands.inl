@@ -137,6 +137,15 @@ void run_narrow_tile(int rows, int64_t vectors, const TileParams<T>& p) {
   kTiles[vectors - 1][rows - 1](p);
 }
 
+#define FASTLM_SHARED_NARROW_TILES(keyword)                                              \
+  keyword template void run_narrow_tile<false>(int, int64_t, const TileParams<float>&);  \
+  keyword template void run_narrow_tile<true>(int, int64_t, const TileParams<float>&);   \
+  keyword template void run_narrow_tile<false>(int, int64_t, const TileParams<double>&); \
+  keyword template void run_narrow_tile<true>(int, int64_t, const TileParams<double>&)
+#ifndef FASTLM_BFLOAT16_ONLY
+FASTLM_SHARED_NARROW_TILES(extern);
+#endif
+
 // C (rows <= kOperandRows, columns rounded up to vectors) = [C +] A B, where panel i of B begins at b + i * panel_step.
 template <class E>
 struct PanelProduct {
@@ -161,7 +170,7 @@ FASTLM_INLINE Vec<float> add_pairs(Vec<float> sum, FloatBits a, FloatBits b) {
 
 // R rows by N vectors over `depth` of pairs.
 template <int R, int N, bool kColumns>
-__attribute__((noinline)) void pairs_tile(const PanelProduct<BFloat16>& p, int64_t pairs, bool accumulate) {
+FASTLM_NOINLINE void pairs_tile(const PanelProduct<BFloat16>& p, int64_t pairs, bool accumulate) {
   using V = Vec<float>;
   V sums[R][N];
   for (int r = 0; r < R; ++r)

@@ -35,7 +35,8 @@ struct BackwardBuffers {
   GemmBuffers<T> gemm;
   typename BackwardPairs<S, Cell>::Buffers pairs;
 
-  static BackwardBuffers take(Workspace& workspace, const RecurrentBackwardParams<S>& p, const RecurrentPlan& plan) {
+  FASTLM_NOINLINE static BackwardBuffers take(Workspace& workspace, const RecurrentBackwardParams<S>& p,
+                                              const RecurrentPlan& plan) {
     const int64_t gates = Cell::kGates * p.hidden, state = p.batch * padded<T>(p.hidden);
     const int64_t rows = plan.backward_rows;
     const bool weights = p.grad_w_ih || p.grad_w_hh;
@@ -201,7 +202,7 @@ class BackwardPass {
     }
   }
 
-  static void differentiate_row(const BackwardRow<S>& row, int64_t begin, int64_t end) {
+  FASTLM_NOINLINE static void differentiate_row(const BackwardRow<S>& row, int64_t begin, int64_t end) {
     int64_t u = begin;
     for (; u + kCols<T> <= end; u += kCols<T>) Cell::template backward<Pack<T, kTileVecs>>(row, u, kCols<T>);
     for (; u < end; u += Vec<T>::kLanes)
@@ -260,7 +261,8 @@ class BackwardPass {
   }
 
   // The same for rows [k, k + depth) of the recurrent weights; a: their slots.
-  void carry_back_piece(Team::Range range, const T* a, int64_t k, int64_t depth, Init init, Blocks blocks) {
+  FASTLM_NOINLINE void carry_back_piece(Team::Range range, const T* a, int64_t k, int64_t depth, Init init,
+                                        Blocks blocks) {
     const int deal = accumulators(p_.batch);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const auto weights = piece(buffers_.panels_hh, p_.w_hh, p_.hidden, block, k, depth);
@@ -301,7 +303,7 @@ class BackwardPass {
   }
 
   // Adds the part of gate rows [k, k + depth) to one panel of these rows of grad_x.
-  void input_gradient_piece(int64_t base, Team::Range rows, int64_t panel, int64_t k, int64_t depth) {
+  FASTLM_NOINLINE void input_gradient_piece(int64_t base, Team::Range rows, int64_t panel, int64_t k, int64_t depth) {
     const int64_t col = panel * kCols<T>, cols = std::min(kCols<T>, p_.input_size - col);
     const auto weights = piece(buffers_.panels_ih, p_.w_ih, p_.input_size, panel, k, depth);
     const auto sum_in = [&](T* sums, int64_t stride) {
@@ -349,7 +351,8 @@ class BackwardPass {
                           false,
                           grad + run.gate * p_.hidden * width,
                           width,
-                          accumulate};
+                          accumulate,
+                          nullptr};
       };
       if (run.input && buffers_.grad_w_ih) add(x, p_.input_size, p_.input_size, buffers_.grad_w_ih);
       if (run.state && buffers_.grad_w_hh) add(h, Cell::kReserve * p_.hidden, p_.hidden, buffers_.grad_w_hh);
@@ -392,7 +395,7 @@ class BackwardPass {
   }
 
   // Sum over the chunk's rows of some columns of a slot; in blocks of rows, for accuracy over many of them.
-  void column_sum(int64_t rows, int slot, Team::Range columns, T* sums, bool accumulate) {
+  FASTLM_NOINLINE void column_sum(int64_t rows, int slot, Team::Range columns, T* sums, bool accumulate) {
     using V = Vec<T>;
     constexpr int64_t kBlock = 32;
     for (int64_t u = columns.begin; u < columns.end; u += kSumVecs * V::kLanes) {

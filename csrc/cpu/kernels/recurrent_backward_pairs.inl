@@ -25,7 +25,8 @@ class BackwardPairs {
     E* x;                    // [row][I], where rows of the input lie apart
     E *x_panels, *h_panels;  // [panel][row / 2][kCols][2], h: before the steps
 
-    static Buffers take(Workspace& workspace, const RecurrentBackwardParams<S>& p, const RecurrentPlan& plan) {
+    FASTLM_NOINLINE static Buffers take(Workspace& workspace, const RecurrentBackwardParams<S>& p,
+                                        const RecurrentPlan& plan) {
       const int64_t panels_h = panels_for<T>(p.hidden), panels_i = panels_for<T>(p.input_size);
       const int64_t panel = Cell::kGates * panel_depth<E>(p.hidden) * kCols<T>, rows = even_up(plan.backward_rows);
       Buffers b{};

@@ -45,7 +45,8 @@ struct ForwardBuffers {
     for (auto& half : h) half = workspace.take<E>(p.batch * padded<E>(p.hidden));
     c = workspace.take<T>(p.batch * padded<T>(p.hidden));
   }
-  void take_scratch(Workspace& workspace, const RecurrentForwardParams<S>& p, const RecurrentPlan& plan, bool copies) {
+  FASTLM_NOINLINE void take_scratch(Workspace& workspace, const RecurrentForwardParams<S>& p, const RecurrentPlan& plan,
+                                    bool copies) {
     const RecurrentSizes<T> sizes(p.hidden);
     if (plan.direct) late = workspace.take<P>(plan.threads * late_size(p));
     if (copies) x = workspace.take<E>(plan.forward_rows * x_stride(p));
@@ -55,7 +56,8 @@ struct ForwardBuffers {
   }
 
   template <class Cell>
-  static ForwardBuffers take(Workspace& workspace, const RecurrentForwardParams<S>& p, const RecurrentPlan& plan) {
+  FASTLM_NOINLINE static ForwardBuffers take(Workspace& workspace, const RecurrentForwardParams<S>& p,
+                                             const RecurrentPlan& plan) {
     ForwardBuffers buffers{};
     if (!plan.direct) buffers.template take_weights<Cell>(workspace, p);
     buffers.take_bias(workspace, p);
@@ -105,7 +107,7 @@ class ForwardPass {
     pack_weights(w_ih, w_hh);
     start_bias();
   }
-  void run_steps() {
+  FASTLM_NOINLINE void run_steps() {
     int64_t last, chunks = 0;
     for (int64_t first = 0; first < rows_.steps(); first = last, ++chunks) {
       last = spread_ ? std::min(rows_.steps(), first + plan_.forward_rows / p_.batch)
@@ -164,7 +166,7 @@ class ForwardPass {
   }
 
   template <class W>
-  void pack_weights(const W* w_ih, const W* w_hh) {
+  FASTLM_NOINLINE void pack_weights(const W* w_ih, const W* w_hh) {
     const auto range = team_.split(sizes_.blocks * Cell::kGates);
     for (int64_t i = range.begin; i < range.end; ++i) {
       const int64_t block = i / Cell::kGates, gate = i % Cell::kGates;
@@ -176,7 +178,7 @@ class ForwardPass {
     }
   }
 
-  void start_bias() {
+  FASTLM_NOINLINE void start_bias() {
     const auto range = team_.split(sizes_.blocks);
     for (int64_t block = range.begin; block < range.end; ++block)
       for (int slot = 0; slot < kSlots; ++slot) {
@@ -252,7 +254,7 @@ class ForwardPass {
     for_blocks(false, [&](int64_t block) { project_block(chunk, row, x, count, block); });
   }
 
-  void project_block(const Chunk& chunk, int64_t row, const E* x, int64_t count, int64_t block) {
+  FASTLM_NOINLINE void project_block(const Chunk& chunk, int64_t row, const E* x, int64_t count, int64_t block) {
     for (int gate = 0; gate < Cell::kGates; ++gate) {
       const int slot = Cell::input_slot(gate);
       product(x, x_stride_, count, buffers_.panels_ih, p_.w_ih, p_.input_size, block, gate,
@@ -260,7 +262,7 @@ class ForwardPass {
     }
   }
 
-  void recurrent_block(const Chunk& chunk, int64_t step, int64_t block) {
+  FASTLM_NOINLINE void recurrent_block(const Chunk& chunk, int64_t step, int64_t block) {
     const auto range = active(step);
     if (range.begin == range.end) return;
     const StepView rows(*this, chunk, step, block);

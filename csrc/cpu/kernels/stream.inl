@@ -38,17 +38,7 @@ class StreamStack final : public Stream<S> {
     packed_->workspace.allocate_lasting();
     take();
     take_state();
-    const auto plan = plan_for(1, 1);
-    for (int64_t i = 0; i < params.layers; ++i) {
-      Params p = layer(i);
-      const auto& weights = params.weights[i];
-      p.b_ih = weights.b_ih, p.b_hh = weights.b_hh;
-      TeamState alone(1);
-      const int64_t rows = Cell::kGates * p.hidden;
-      const Rounded w_ih(weights.w_ih, rows * p.input_size), w_hh(weights.w_hh, rows * p.hidden);
-      Pass(p, plan, layers_[i], Team(&alone, 0, 1)).prepare_weights(w_ih.get(), w_hh.get());
-      for (int64_t row = 0; row < params.batch; ++row) clear(layers_[i], row);
-    }
+    for (int64_t i = 0; i < params.layers; ++i) prepare(i, params.weights[i]);
   }
 
   ~StreamStack() override {
@@ -101,13 +91,24 @@ class StreamStack final : public Stream<S> {
   }
 
  private:
+  FASTLM_NOINLINE void prepare(int64_t i, const StreamWeights<S>& weights) {
+    Params p = layer(i);
+    p.b_ih = weights.b_ih, p.b_hh = weights.b_hh;
+    TeamState alone(1);
+    const int64_t rows = Cell::kGates * p.hidden;
+    const Rounded w_ih(weights.w_ih, rows * p.input_size), w_hh(weights.w_hh, rows * p.hidden);
+    Pass(p, plan_for(1, 1), layers_[i], Team(&alone, 0, 1)).prepare_weights(w_ih.get(), w_hh.get());
+    for (int64_t row = 0; row < params_.batch; ++row) clear(layers_[i], row);
+  }
+
   // What the layers use one after another.
   struct Scratch {
     E* x = nullptr;
     T* gates[2] = {};
     S* between[2] = {};  // (T, B, H): from layer to layer, in turn
 
-    void take(const StreamStack& stack, Workspace& workspace, const RecurrentPlan& plan, int64_t steps) {
+    FASTLM_NOINLINE void take(const StreamStack& stack, Workspace& workspace, const RecurrentPlan& plan,
+                              int64_t steps) {
       Params widest = stack.layer(0);
       const bool copies = copies_input<E>(widest) || (stack.params_.layers > 1 && copies_input<E>(stack.layer(1)));
       widest.input_size = std::max(widest.input_size, widest.hidden);

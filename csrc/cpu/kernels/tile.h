@@ -50,7 +50,7 @@ constexpr int64_t kFetchPerDepth = 32 / sizeof(T);
 // Rows R by the panel's first N vectors, with k dealt to D accumulators per element. kColumns: A lies as
 // [depth][a_row].
 template <class T, class P, int R, int N, int D, bool kColumns>
-__attribute__((noinline)) void tile_product(const TileParams<T, P>& p) {
+FASTLM_NOINLINE void tile_product(const TileParams<T, P>& p) {
   using V = Vec<T>;
   V acc[D][R][N];
   for (int i = 0; i < D; ++i)
@@ -115,6 +115,18 @@ void run_tile(int rows, int deal, const TileParams<T, P>& p) {
   if (deal == 4) return tile_product<T, P, 1, kN, 4, kColumns>(p);
   (deal == 2 ? kDouble : kSingle)[rows - 1](p);
 }
+
+// Compiled once for an ISA, with the product that is nothing else (gemm_entry.inl), since all families use them; those
+// of BFloat16 alone have no such file.
+#define FASTLM_SHARED_TILES(keyword)                                          \
+  keyword template void run_tile<false>(int, int, const TileParams<float>&);  \
+  keyword template void run_tile<true>(int, int, const TileParams<float>&);   \
+  keyword template void run_tile<false>(int, int, const TileParams<double>&); \
+  keyword template void run_tile<true>(int, int, const TileParams<double>&);  \
+  keyword template void run_tile<false>(int, int, const TileParams<float, BFloat16>&)
+#ifndef FASTLM_BFLOAT16_ONLY
+FASTLM_SHARED_TILES(extern);
+#endif
 
 // What tile i of a block of weights fetches: its share of `next`, the first two tiles together all of it.
 template <class T, class P>

@@ -131,7 +131,7 @@ struct TileProduct {
 
 // C of M x N tiles.
 template <int M, int N>
-__attribute__((noinline)) void tile_block(const TileProduct& p) {
+FASTLM_NOINLINE void tile_block(const TileProduct& p) {
   const int64_t a_bytes = p.a_stride * 2, b_bytes = p.b_stride * 2, c_bytes = p.c_stride * 4;
   const auto for_sums = [&](auto body) FASTLM_LAMBDA_INLINE {
     body(std::integral_constant<int, 0>{}, p.c);

@@ -20,6 +20,7 @@
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
 #define FASTLM_INLINE inline __attribute__((always_inline))
+#define FASTLM_NOINLINE __attribute__((noinline))  // what would be compiled again at every call
 #define FASTLM_LAMBDA_INLINE __attribute__((always_inline))
 
 template <class T>
