@@ -14,11 +14,12 @@ READ_BYTES = 1 << 28  # well beyond any last-level cache
 
 
 class Limits:
-    """Fused multiply-add peak (fp32) and memory read rate; the medians of samples spread over the run."""
+    """Fused multiply-add peak (fp32), the product's tile in L1, memory read rate; medians of samples over the run."""
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
         self._peaks: list[float] = []
+        self._tiles: list[float] = []
         self._reads: list[float] = []
         self._memory = torch.ones(READ_BYTES // 4)
 
@@ -26,6 +27,7 @@ class Limits:
         """Takes one sample of each."""
         if _native.module is not None:
             self._peaks.append(_native.module.fma_peak(self._threads, PEAK_SECONDS))
+            self._tiles.append(_native.module.tile_peak(self._threads, PEAK_SECONDS))
         start = time.perf_counter()
         self._memory.sum()
         self._reads.append(READ_BYTES / (time.perf_counter() - start) / 1e9)
@@ -34,6 +36,11 @@ class Limits:
     def peak_gflops(self) -> float | None:
         """None where the extension that measures it is missing."""
         return statistics.median(self._peaks) if self._peaks else None
+
+    @property
+    def tile_gflops(self) -> float | None:
+        """What fastlm's innermost loop reaches with everything in L1; what it lacks of the peak, neighbours take."""
+        return statistics.median(self._tiles) if self._tiles else None
 
     @property
     def read_gbs(self) -> float:

@@ -66,7 +66,8 @@ def _conditions(groups: Groups) -> list[str]:
     runs = {
         f"{row.date[:10]}: {row.cpu}, threads {row.threads}, float32 (_bf16: bfloat16), "
         f"instruction set {row.isa or 'none'}, "
-        f"{f'{row.peak_gflops:.0f}' if row.peak_gflops else 'unknown'} GFLOP/s peak, {row.read_gbs:.0f} GB/s read, "
+        f"{f'{row.peak_gflops:.0f}' if row.peak_gflops else 'unknown'} GFLOP/s peak, "
+        f"{f'{row.tile_gflops:.0f} of it in a tile in L1, ' if row.tile_gflops else ''}{row.read_gbs:.0f} GB/s read, "
         f"fastlm {row.fastlm} ({row.git or 'no git'}), MALLOC_MMAP_MAX_ {row.malloc_mmap_max or 'unset'}"
         for row in every
     }

@@ -33,6 +33,7 @@ class Row:
     fastlm: str
     git: str
     gbs: float | None  # GB/s of what the call must read, where that is its limit
+    tile_gflops: float | None  # the product's innermost tile in L1, in this run
 
 
 _NUMBERS = {field.name: int if field.type is int else float for field in fields(Row) if field.type not in (str,)}

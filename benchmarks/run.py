@@ -218,6 +218,7 @@ def main(
                     torch_ratio=torch_p50 / p50 if torch_p50 else None,
                     peak_gflops=None,
                     read_gbs=None,
+                    tile_gflops=None,
                     provider_version=versions[name],
                     gbs=workload.gbytes / p50 * 1e3 if getattr(workload, "q_len", 0) == 1 else None,
                 )
@@ -226,7 +227,7 @@ def main(
     finally:
         # The limits are known best after the last sample, and an interrupted run keeps what it has.
         for row in measured:
-            row.peak_gflops, row.read_gbs = limits.peak_gflops, limits.read_gbs
+            row.peak_gflops, row.tile_gflops, row.read_gbs = limits.peak_gflops, limits.tile_gflops, limits.read_gbs
             row.share = row.gflops / row.peak_gflops if row.peak_gflops else None
         rows.append(arguments.output, measured)
     print(report.markdown(rows.latest(measured)), *failures, f"rows added to {arguments.output}", sep="\n")

@@ -36,16 +36,24 @@ void define_sweeps(py::module_& module) {
   define_sweep<T>(module, "simd_tanh", &cpu::MathKernels<T>::tanh);
 }
 
-double fma_peak(int threads, double seconds) {
+using Peak = double (*cpu::GemmKernels<float>::*)(double seconds);
+
+double together(Peak peak, int threads, double seconds) {
   py::gil_scoped_release release;
   std::vector<double> rates(threads);
   std::vector<std::thread> pool;
   for (double& rate : rates)
-    pool.emplace_back([&rate, seconds] { rate = cpu::kernels<float>().gemm->fma_peak(seconds); });
+    pool.emplace_back([&rate, peak, seconds] { rate = (cpu::kernels<float>().gemm->*peak)(seconds); });
   for (auto& thread : pool) thread.join();
   double sum = 0;
   for (double rate : rates) sum += rate;
   return sum;
+}
+
+void define_peak(py::module_& module, const char* name, Peak peak, const char* doc) {
+  module.def(
+      name, [peak](int threads, double seconds) { return together(peak, threads, seconds); }, py::arg("threads"),
+      py::arg("seconds"), doc);
 }
 
 }  // namespace
@@ -64,9 +72,11 @@ PYBIND11_MODULE(_C, module) {
     info["isas"] = cpu::built_isas();
     return info;
   });
-  module.def(
-      "fma_peak", &fma_peak, py::arg("threads"), py::arg("seconds"),
+  define_peak(
+      module, "fma_peak", &cpu::GemmKernels<float>::fma_peak,
       "Rate of fused multiply-adds in registers, float32, of `threads` threads together over `seconds`; GFLOP/s.");
+  define_peak(module, "tile_peak", &cpu::GemmKernels<float>::tile_peak,
+              "The same of the product's innermost tile, with its operands in L1.");
   define_sweeps<float>(module);
   define_sweeps<double>(module);
 }

@@ -17,8 +17,10 @@ namespace fastlm::cpu {
 template <class T>
 struct GemmKernels {
   void (*gemm)(const GemmParams<T>&, int threads, ParallelFor);
-  // Fused multiply-adds in registers for about `seconds` on the calling thread; GFLOP/s over that time.
+  // On the calling thread for about `seconds`, in GFLOP/s: fused multiply-adds in registers; the tile under every
+  // product with operands in L1, which a busy neighbour on the same core slows more.
   double (*fma_peak)(double seconds);
+  double (*tile_peak)(double seconds);
 };
 
 template <class S>

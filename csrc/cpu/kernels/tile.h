@@ -84,7 +84,8 @@ FASTLM_NOINLINE void tile_product(const TileParams<T, P>& p) {
   int64_t pair = 0;  // so that the compiler knows which k are even
 #pragma GCC unroll 2
   for (; 2 * (pair + D) <= p.depth; pair += D) {
-    __builtin_prefetch(p.next + 2 * pair * kFetchPerDepth<T>, 0, 2);
+    // Few rows wait for loads as it is; what they read lies in sequence, which the processor fetches by itself.
+    if (D == 1) __builtin_prefetch(p.next + 2 * pair * kFetchPerDepth<T>, 0, 2);
     for (int i = 0; i < 2 * D; ++i) step(i % D, 2 * pair + i);
   }
   for (int64_t k = 2 * pair; k < p.depth; ++k) step(0, k);
