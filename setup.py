@@ -45,10 +45,9 @@ def extension() -> dict[str, object]:
         sources(wide),
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         define_macros=macros + ([("FASTLM_WIDE_ISA", "1")] if wide else []),
-        # No contraction: a fused multiply-add stands in the source or nowhere. No vectorizing: hot loops are written in
-        # vectors, and of the others it makes more code, not less time. psabi: no vector crosses a call.
+        # No contraction: a fused multiply-add stands in the source or nowhere. psabi: no vector crosses a call.
         extra_compile_args=[
-            *("-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fno-tree-vectorize"),
+            *("-O3", "-g0", "-std=c++17", "-ffp-contract=off"),
             *("-fvisibility=hidden", "-Wall", "-Wno-psabi"),
         ],
     )
