@@ -39,7 +39,7 @@ class Limits:
 
     @property
     def tile_gflops(self) -> float | None:
-        """What fastlm's innermost loop reaches with everything in L1; what it lacks of the peak, neighbours take."""
+        """What the tile under fastlm's products reaches with everything in L1, close to the peak on a quiet core."""
         return statistics.median(self._tiles) if self._tiles else None
 
     @property

@@ -30,6 +30,7 @@ def _is_plain(layer: nn.Linear, x: Tensor) -> bool:
         type(layer) is nn.Linear
         and not (layer._forward_hooks or layer._forward_pre_hooks)
         and _common.is_plain(x, layer.weight, layer.bias)
+        and x.shape[-1:] == (layer.in_features,)
         and x.dtype == layer.weight.dtype != torch.bfloat16
         and not _common.requires_grad(x, layer.weight, layer.bias)
     )

@@ -101,6 +101,9 @@ def test_linear_is_the_product_where_nothing_stands_between(monkeypatch: pytest.
         check("reference", gemm.linear(layer, x), layer(x), truth)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert gemm.linear(layer, x).dtype == torch.bfloat16
+    for wrong in (x[..., 1:], x.flatten(1)):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            gemm.linear(layer, wrong)
     with torch.no_grad():
         assert gemm.linear(copy.deepcopy(layer).bfloat16(), x.bfloat16()).dtype == torch.bfloat16
         assert gemm.linear(copy.deepcopy(layer).to("meta"), x.to("meta")).shape == (2, 5, 37)
