@@ -12,7 +12,7 @@ std::tuple<Tensor, Tensor, Tensor> gru_forward(const Tensor& x_in, const Optiona
                                                bool reverse, bool save) {
   const RecurrentCall call(x_in, w_hh_in, kGruGates, lengths, batch_sizes, reset_mask);
   const Tensor x = dense(x_in, "x", call.rows(call.input_size), call.dtype);
-  const auto h0 = dense(h0_in, "h0", call.states(), call.dtype);
+  const auto h0 = dense(h0_in, "h0", call.states_as(h0_in), call.dtype);
   const Tensor w_ih = dense(w_ih_in, "w_ih", {call.gates, call.input_size}, call.dtype);
   const Tensor w_hh = dense(w_hh_in, "w_hh", {call.gates, call.hidden}, call.dtype);
   const auto b_ih = dense(b_ih_in, "b_ih", {call.gates}, call.dtype);
@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gru_backward(
   const Tensor w_hh = dense(w_hh_in, "w_hh", {call.gates, call.hidden}, call.dtype);
   const Tensor reserve = dense(reserve_in, "reserve", call.rows(kGruReserve * call.hidden), compute_type(call.dtype));
   const auto grad_x = empty_if(need_x, x, call.rows(call.input_size));
-  const auto grad_h0 = empty_if(state.has_value(), x, call.states());
+  const auto grad_h0 = empty_if(state.has_value(), x, call.states_as(state));
   const auto grad_w_ih = empty_if(need_weights, x, {call.gates, call.input_size});
   const auto grad_w_hh = empty_if(need_weights, x, {call.gates, call.hidden});
   const auto grad_b_ih = empty_if(need_bias, x, {call.gates});

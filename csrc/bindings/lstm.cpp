@@ -11,8 +11,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
     const OptionalTensor& batch_sizes, const OptionalTensor& reset_mask, bool reverse, bool save, bool all_cells) {
   const RecurrentCall call(x_in, w_hh_in, kLstmGates, lengths, batch_sizes, reset_mask);
   const Tensor x = dense(x_in, "x", call.rows(call.input_size), call.dtype);
-  const auto h0 = dense(h0_in, "h0", call.states(), call.dtype);
-  const auto c0 = dense(c0_in, "c0", call.states(), call.dtype);
+  const auto h0 = dense(h0_in, "h0", call.states_as(h0_in), call.dtype);
+  const auto c0 = dense(c0_in, "c0", call.states_as(h0_in ? h0_in : c0_in), call.dtype);
   const Tensor w_ih = dense(w_ih_in, "w_ih", {call.gates, call.input_size}, call.dtype);
   const Tensor w_hh = dense(w_hh_in, "w_hh", {call.gates, call.hidden}, call.dtype);
   const auto b_ih = dense(b_ih_in, "b_ih", {call.gates}, call.dtype);
@@ -50,8 +50,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
   const Tensor w_hh = dense(w_hh_in, "w_hh", {call.gates, call.hidden}, call.dtype);
   const Tensor reserve = dense(reserve_in, "reserve", call.rows(kLstmReserve * call.hidden), compute_type(call.dtype));
   const auto grad_x = empty_if(need_x, x, call.rows(call.input_size));
-  const auto grad_h0 = empty_if(state.has_value(), x, call.states());
-  const auto grad_c0 = empty_if(state.has_value(), x, call.states());
+  const auto grad_h0 = empty_if(state.has_value(), x, call.states_as(state));
+  const auto grad_c0 = empty_if(state.has_value(), x, call.states_as(state));
   const auto grad_w_ih = empty_if(need_weights, x, {call.gates, call.input_size});
   const auto grad_w_hh = empty_if(need_weights, x, {call.gates, call.hidden});
   const auto grad_bias = empty_if(need_bias, x, {call.gates});

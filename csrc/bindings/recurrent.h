@@ -7,17 +7,21 @@
 
 namespace fastlm::bindings {
 
-// The call's sizes, and which steps its sequences have: x is (T, B, I), or packed (rows, I) with batch_sizes.
+// The call's sizes, and which steps its sequences have: x is (T, B, I), packed (rows, I) with batch_sizes, or one
+// step's (B, I).
 class RecurrentCall {
  public:
   RecurrentCall(const Tensor& x, const Tensor& w_hh, int64_t gate_count, const OptionalTensor& lengths,
                 const OptionalTensor& batch_sizes, const OptionalTensor& reset_mask)
-      : dtype(x.scalar_type()), packed_(batch_sizes.has_value()) {
+      : dtype(x.scalar_type()), flat_(x.dim() == 2) {
     check(w_hh.dim() == 2, "w_hh: expected 2 dimensions (gates * H, H)");
     hidden = w_hh.size(1), gates = gate_count * hidden;
-    if (packed_) {
+    if (batch_sizes) {
       check(!lengths && !reset_mask, "batch_sizes: expected neither lengths nor reset_mask beside them");
       take_packed(x, *batch_sizes);
+    } else if (flat_) {
+      check(!lengths && !reset_mask, "x: expected 3 dimensions (T, B, I) with lengths or reset_mask");
+      seq_len = 1, batch = rows_ = x.size(0), input_size = x.size(1);
     } else {
       check(x.dim() == 3, "x: expected 3 dimensions (T, B, I)");
       seq_len = x.size(0), batch = x.size(1), input_size = x.size(2);
@@ -28,8 +32,10 @@ class RecurrentCall {
   }
 
   // The shape of one row of `width` per step and sequence.
-  Shape rows(int64_t width) const { return packed_ ? Shape{rows_, width} : Shape{seq_len, batch, width}; }
-  Shape states() const { return {batch, hidden}; }
+  Shape rows(int64_t width) const { return flat_ ? Shape{rows_, width} : Shape{seq_len, batch, width}; }
+  // Of the states that the call makes, and of those that it is given, which may have a module's form beside any x.
+  Shape states() const { return states(!flat_); }
+  Shape states_as(const OptionalTensor& given) const { return states(given && given->dim() == 3); }
 
   template <class Params>
   void fill(Params& p) const {
@@ -42,8 +48,9 @@ class RecurrentCall {
   const ScalarType dtype;
 
  private:
+  Shape states(bool layered) const { return layered ? Shape{1, batch, hidden} : Shape{batch, hidden}; }
   void take_packed(const Tensor& x, const Tensor& batch_sizes) {
-    check(x.dim() == 2, "x: expected 2 dimensions (rows, I) with batch_sizes");
+    check(flat_, "x: expected 2 dimensions (rows, I) with batch_sizes");
     rows_ = x.size(0), input_size = x.size(1);
     check(batch_sizes.dim() == 1, "batch_sizes: expected 1 dimension");
     seq_len = batch_sizes.size(0);
@@ -61,7 +68,7 @@ class RecurrentCall {
     ragged_ = sequences_->view();
   }
 
-  const bool packed_;
+  const bool flat_;  // no dimension of time
   int64_t rows_ = 0;
   std::optional<cpu::Sequences> sequences_;
   Ragged ragged_{};

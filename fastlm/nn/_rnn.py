@@ -1,7 +1,7 @@
 """Layers, directions, layouts, lengths and dropout around the one-layer operations, for GRU and LSTM alike."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,14 +12,9 @@ from fastlm.nn._twin import TorchTwin, read_weights
 from fastlm.ops import _common
 
 States = Sequence[Any]  # one Tensor per kind of state (h, and c of an LSTM), or None for zeros
-
-
-class Run(NamedTuple):
-    """What a layer or a whole module gives: `every` holds each kind of state after every step, or None."""
-
-    output: Any
-    finals: States
-    every: States | None
+# What a layer or a whole module gives: the output, each kind of state after the last step, and after every step or
+# None. No NamedTuple, which takes half a microsecond to make: a call of one step would feel it.
+Run = tuple[Any, States, States | None]
 
 
 class Recurrent(TorchTwin, torch.nn.RNNBase):
@@ -29,6 +24,7 @@ class Recurrent(TorchTwin, torch.nn.RNNBase):
     """
 
     _state_size_texts: ClassVar[tuple[str, ...]]
+    _no_states: ClassVar[States]  # one None per kind
 
     # Of the class, for modules that fastlm.replace made without a constructor.
     weight_dropout: float = 0.0
@@ -49,7 +45,10 @@ class Recurrent(TorchTwin, torch.nn.RNNBase):
         reverse: bool,
         every: bool,
     ) -> Run:
-        """One layer and direction over time-major x (T, B, I) or packed rows; states and finals (B, *)."""
+        """One layer and direction over time-major x (T, B, I) or packed rows.
+
+        States are (B, *) or (1, B, *), finals (1, B, *) or (B, *) beside packed rows.
+        """
         raise NotImplementedError  # GRU and LSTM say it
 
     def _state_rank_text(self, rank: int, states: States) -> str:
@@ -70,8 +69,9 @@ class Recurrent(TorchTwin, torch.nn.RNNBase):
             if isinstance(reset_mask, Tensor):
                 _common.check_shape("reset_mask", reset_mask, tuple(input.shape[:2]), "(B, T)")
                 reset_mask = reset_mask.transpose(0, 1)
-            run = self._run_time_major(input.transpose(0, 1), states, lengths, reset_mask, every)
-            return Run(run.output.transpose(0, 1), run.finals, _each(run.every, lambda state: state.transpose(1, 2)))
+            x = input.transpose(0, 1)
+            output, finals, histories = self._run_time_major(x, states, lengths, reset_mask, every)
+            return output.transpose(0, 1), finals, _each(histories, lambda state: state.transpose(1, 2))
         if rank != 2:
             raise ValueError(f"{self.mode}: Expected input to be 2D or 3D, got {rank}D instead")
         return self._run_unbatched(input, states, lengths, reset_mask, every)
@@ -85,12 +85,9 @@ class Recurrent(TorchTwin, torch.nn.RNNBase):
         if states is not None:
             self._check_state_ranks(2, states)
             states = [state.unsqueeze(1) for state in states]
-        run = self._run_time_major(input.unsqueeze(1), states, None, reset_mask, every)
-        return Run(
-            run.output.squeeze(1),
-            [final.squeeze(1) for final in run.finals],
-            _each(run.every, lambda state: state.squeeze(2)),
-        )
+        output, finals, histories = self._run_time_major(input.unsqueeze(1), states, None, reset_mask, every)
+        finals = [final.squeeze(1) for final in finals]
+        return output.squeeze(1), finals, _each(histories, lambda state: state.squeeze(2))
 
     def _run_time_major(self, x: Tensor, states: States | None, lengths: Any, reset_mask: Any, every: bool) -> Run:
         seq_len, batch, _ = x.shape
@@ -107,12 +104,11 @@ class Recurrent(TorchTwin, torch.nn.RNNBase):
         self._check_sizes(data, layers[0][0].dtype, batch_sizes, int(batch_sizes[0]), states)
         if states is not None and sorted_indices is not None:
             states = [state.index_select(1, sorted_indices) for state in states]
-        run = self._stack_layers(data, states, layers, _common.Sequences(None, batch_sizes, None), every)
-        finals = run.finals
+        sequences = _common.Sequences(None, batch_sizes, None)
+        output, finals, histories = self._stack_layers(data, states, layers, sequences, every)
         if unsorted_indices is not None:
             finals = [final.index_select(1, unsorted_indices) for final in finals]
-        output = PackedSequence(run.output, batch_sizes, sorted_indices, unsorted_indices)
-        return Run(output, finals, run.every)
+        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), finals, histories
 
     def _stack_layers(
         self,
@@ -122,29 +118,31 @@ class Recurrent(TorchTwin, torch.nn.RNNBase):
         sequences: _common.Sequences,
         every: bool,
     ) -> Run:
-        missing: States = [None] * len(self._state_size_texts)
         drops = self.training and self.weight_dropout > 0
         if len(layers) == 1 and not drops:
-            initial = missing if states is None else [state[0] for state in states]
-            run = self._layer(x, initial, layers[0], sequences, False, every)
-            # In place, for a view would refuse the usual `h_n.detach_()`.
-            return Run(run.output, [f.unsqueeze_(0) for f in run.finals], _each(run.every, lambda s: s.unsqueeze(0)))
+            initial = self._no_states if states is None else states
+            output, finals, histories = self._layer(x, initial, layers[0], sequences, False, every)
+            if sequences.batch_sizes is not None:
+                for final in finals:
+                    final.unsqueeze_(0)  # in place, for a view would refuse the usual `h_n.detach_()`
+            return output, finals, _each(histories, lambda state: state.unsqueeze(0))
         directions = 2 if self.bidirectional else 1
         runs: list[Run] = []
         for index, weights in enumerate(layers):
-            initial = missing if states is None else [state[index] for state in states]
+            initial = self._no_states if states is None else [state[index] for state in states]
             if drops:
                 weights = [weights[0], dropout(weights[1], self.weight_dropout), *weights[2:]]
             runs.append(self._layer(x, initial, weights, sequences, index % directions == 1, every))
             if (index + 1) % directions == 0:
-                outputs = [run.output for run in runs[-directions:]]
+                outputs = [output for output, _, _ in runs[-directions:]]
                 x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
                 if self.dropout and self.training and index + 1 < len(layers):
                     x = self._drop(x, sequences.batch_sizes)
-        finals = [torch.stack(final) for final in zip(*(run.finals for run in runs), strict=True)]
+        join = torch.cat if sequences.batch_sizes is None else torch.stack
+        finals = [join(final) for final in zip(*(run[1] for run in runs), strict=True)]
         if not every:
-            return Run(x, finals, None)
-        return Run(x, finals, [torch.stack(each) for each in zip(*(run.every or () for run in runs), strict=True)])
+            return x, finals, None
+        return x, finals, [torch.stack(each) for each in zip(*(run[2] or () for run in runs), strict=True)]
 
     def _drop(self, x: Tensor, batch_sizes: Tensor | None) -> Tensor:
         """Dropout between layers; locked, with one mask for all steps of a sequence (Gal and Ghahramani 2016)."""

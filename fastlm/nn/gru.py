@@ -10,6 +10,7 @@ from fastlm.nn._cell import CELL_WEIGHTS, check_cell_sizes
 from fastlm.nn._rnn import Recurrent, Run, States
 from fastlm.nn._twin import TorchTwin, read_weights
 from fastlm.ops import _common
+from fastlm.ops.gru import layer as gru_layer
 
 
 class GRU(Recurrent):
@@ -25,6 +26,7 @@ class GRU(Recurrent):
 
     torch_class = torch.nn.GRU
     _state_size_texts = ("Expected hidden size {}, got {}",)
+    _no_states = (None,)
 
     def __init__(
         self,
@@ -76,10 +78,9 @@ class GRU(Recurrent):
         Raises:
             RuntimeError, ValueError: as torch.nn.GRU, and for impossible lengths or reset_mask.
         """
-        run = self._run(input, None if hx is None else (hx,), lengths, reset_mask, return_all_states)
-        if run.every is None:
-            return run.output, run.finals[0]
-        return run.output, run.finals[0], run.every[0]
+        states = None if hx is None else (hx,)
+        output, (h_n,), histories = self._run(input, states, lengths, reset_mask, return_all_states)
+        return (output, h_n) if histories is None else (output, h_n, histories[0])
 
     def _layer(
         self,
@@ -90,11 +91,10 @@ class GRU(Recurrent):
         reverse: bool,
         every: bool,
     ) -> Run:
-        lengths, batch_sizes, reset_mask = sequences
-        output, h_n = ops.gru(
-            x, states[0], *weights, lengths=lengths, batch_sizes=batch_sizes, reset_mask=reset_mask, reverse=reverse
-        )
-        return Run(output, (h_n,), (output,) if every else None)
+        w_ih, w_hh = weights[:2]
+        b_ih, b_hh = weights[2:] if self.bias else (None, None)
+        output, h_n = gru_layer(x, states[0], w_ih, w_hh, b_ih, b_hh, sequences, reverse)
+        return output, (h_n,), (output,) if every else None
 
     def _state_widths(self) -> tuple[int, ...]:
         return (self.hidden_size,)

@@ -10,6 +10,8 @@ from fastlm.nn._cell import CELL_WEIGHTS, check_cell_sizes
 from fastlm.nn._rnn import Recurrent, Run, States
 from fastlm.nn._twin import TorchTwin, read_weights
 from fastlm.ops import _common
+from fastlm.ops.lstm import layer as lstm_layer
+from fastlm.ops.lstm import projected_layer
 
 Pair = tuple[Tensor, Tensor]
 
@@ -27,6 +29,7 @@ class LSTM(Recurrent):
 
     torch_class = torch.nn.LSTM
     _state_size_texts = ("Expected hidden[0] size {}, got {}", "Expected hidden[1] size {}, got {}")
+    _no_states = (None, None)
 
     # Helpers that callers of torch.nn.LSTM know; they need nothing but RNNBase.
     check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
@@ -92,10 +95,10 @@ class LSTM(Recurrent):
             RuntimeError, ValueError: as torch.nn.LSTM, and for impossible lengths or reset_mask.
         """
         states = None if hx is None else (hx[0], hx[1])
-        run = self._run(input, states, lengths, reset_mask, return_all_states)
-        if run.every is None:
-            return run.output, tuple(run.finals)
-        return run.output, tuple(run.finals), tuple(run.every)
+        output, finals, histories = self._run(input, states, lengths, reset_mask, return_all_states)
+        if histories is None:
+            return output, tuple(finals)
+        return output, tuple(finals), tuple(histories)
 
     def _layer(
         self,
@@ -108,23 +111,13 @@ class LSTM(Recurrent):
     ) -> Run:
         h0, c0 = states
         b_ih, b_hh = weights[2:4] if self.bias else (None, None)
-        w_hr = weights[-1] if self.proj_size else None
-        lengths, batch_sizes, reset_mask = sequences
-        output, finals, *cells = ops.lstm(
-            x,
-            (h0, c0),
-            weights[0],
-            weights[1],
-            b_ih,
-            b_hh,
-            w_hr,
-            lengths=lengths,
-            batch_sizes=batch_sizes,
-            reset_mask=reset_mask,
-            reverse=reverse,
-            return_all_states=every,
-        )
-        return Run(output, finals, (output, *cells) if every else None)
+        w_ih, w_hh = weights[:2]
+        if self.proj_size:
+            run = projected_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, weights[-1], sequences, reverse)
+        else:
+            run = lstm_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, sequences, reverse, every)
+        output, h_n, c_n, cells = run
+        return output, (h_n, c_n), (output, cells) if every else None
 
     def _state_widths(self) -> tuple[int, ...]:
         return (self.proj_size or self.hidden_size, self.hidden_size)

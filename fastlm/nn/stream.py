@@ -193,10 +193,10 @@ class Stream:
 
     def _make_engine(self) -> "_Kernels | _Reference":
         layers = [_four(read_weights(self._module, names)) for names in self._module._all_weights]
-        if self._bfloat16_weights and _native.module is None:
-            layers = [[None if w is None else w.bfloat16().float() for w in layer] for layer in layers]
         if _native.module is None:
-            return _Reference(self._lstm, layers, self._states_shape, self._dtype, self._cell_dtype)
+            return _Reference(
+                self._lstm, self._bfloat16_weights, layers, self._states_shape, self._dtype, self._cell_dtype
+            )
         return _Kernels(self._lstm, self._bfloat16_weights, layers, self._states_shape, self._dtype)
 
     def _check_input(self, x: Any, expected: tuple[object, ...], layout: str) -> None:
@@ -266,6 +266,7 @@ class _Reference:
     def __init__(
         self,
         lstm: bool,
+        bfloat16_weights: bool,
         layers: list[list[Tensor | None]],
         states_shape: tuple[int, int, int],
         dtype: torch.dtype,
@@ -273,8 +274,14 @@ class _Reference:
     ) -> None:
         _backend.fall_back("Stream has no kernel without the extension")
         self._lstm, self._dtype, self._cell_dtype = lstm, dtype, cell_dtype
-        # Arithmetic in the cell's type; only h is rounded to the module's between steps.
-        self._layers = [[None if w is None else w.detach().to(cell_dtype) for w in layer] for layer in layers]
+        # Arithmetic in the cell's type; only h is rounded to the module's between steps. Copies, as if packed.
+        self._layers = [
+            [None if w is None else w.detach().to(cell_dtype, copy=True) for w in layer] for layer in layers
+        ]
+        for layer in self._layers if bfloat16_weights else ():
+            for weight in layer[:2]:
+                assert weight is not None
+                weight.copy_(weight.bfloat16())
         self._h = torch.zeros(states_shape, dtype=cell_dtype)
         self._c = torch.zeros(states_shape, dtype=cell_dtype)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastlm import _backend, _native, _trace
+from fastlm.ops import reference
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -44,30 +45,31 @@ def check_same(tensors: Mapping[str, Tensor | None], optional: tuple[str, ...] =
 
 
 def check_recurrent(gates: int, tensors: dict[str, Any], sequences: "Sequences") -> None:
-    """Checks the tensors of one layer and direction: x, states (h0, c0) and weights by name, w_hr for a projection."""
+    """Checks the tensors of one layer and direction: x, states (h0, c0) and weights by name, w_hr for a projection.
+
+    Beside sequences as of `check_sequences`, x may be (B, I), one step's. States may have a module's form (1, B, H).
+    """
     check_same(tensors, optional=("h0", "c0", "b_ih", "b_hh"))
     x, w_hh, w_hr = tensors["x"], tensors["w_hh"], tensors.get("w_hr")
-    if sequences.batch_sizes is None:
-        if x.dim() != 3:
-            raise ValueError(f"x: expected 3 dimensions (T, B, I), got shape {tuple(x.shape)}")
-        seq_len, batch, input_size = x.shape
-        if seq_len == 0:
-            raise ValueError("x: expected at least one time step (T >= 1), got T = 0")
-    else:
-        input_size = x.shape[1]
+    batch, input_size = x.shape[-2:]
+    if x.dim() == 3 and x.shape[0] == 0:
+        raise ValueError("x: expected at least one time step (T >= 1), got T = 0")
+    if sequences.batch_sizes is not None:
         batch = "B" if torch.compiler.is_compiling() else int(sequences.batch_sizes[0])
     width_name = "H" if w_hr is None else "P"
     for name, tensor, layout in (("w_hh", w_hh, f"({gates}H, {width_name})"), ("w_hr", w_hr, "(P, H)")):
         if tensor is not None and tensor.dim() != 2:
             raise ValueError(f"{name}: expected 2 dimensions {layout}, got shape {tuple(tensor.shape)}")
     width, hidden = (w_hh.shape[1], w_hh.shape[1]) if w_hr is None else w_hr.shape
+    states = [tensors[name] for name in ("h0", "c0") if tensors.get(name) is not None]
+    layered, one = ((1,), "1, ") if states and states[0].dim() == 3 else ((), "")
     expected = {
         "w_hh": ((gates * hidden, width), f"({gates}H, {width_name})"),
         "w_ih": ((gates * hidden, input_size), f"({gates}H, I)"),
         "b_ih": ((gates * hidden,), f"({gates}H,)"),
         "b_hh": ((gates * hidden,), f"({gates}H,)"),
-        "h0": ((batch, width), f"(B, {width_name})"),
-        "c0": ((batch, hidden), "(B, H)"),
+        "h0": ((*layered, batch, width), f"({one}B, {width_name})"),
+        "c0": ((*layered, batch, hidden), f"({one}B, H)"),
     }
     for name, (shape, layout) in expected.items():
         tensor = tensors.get(name)
@@ -93,10 +95,12 @@ def check_sequences(x: Any, lengths: Any, batch_sizes: Any, reset_mask: Any) -> 
         TypeError: not a Tensor (or, for lengths and batch_sizes, a list of int).
         ValueError: wrong shape or dtype, or two that exclude each other.
     """
-    if lengths is None and batch_sizes is None and reset_mask is None:
-        return ALL_STEPS
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+    if batch_sizes is None and x.dim() != 3:
+        raise ValueError(f"x: expected 3 dimensions (T, B, I), got shape {tuple(x.shape)}")
+    if lengths is None and batch_sizes is None and reset_mask is None:
+        return ALL_STEPS
     if batch_sizes is not None:
         for name, other in (("lengths", lengths), ("reset_mask", reset_mask)):
             if other is not None:
@@ -108,8 +112,6 @@ def check_sequences(x: Any, lengths: Any, batch_sizes: Any, reset_mask: Any) -> 
         if sizes.shape[0] == 0:
             raise ValueError("batch_sizes: expected at least one time step, got none")
         return Sequences(None, sizes, None)
-    if x.dim() != 3:
-        raise ValueError(f"x: expected 3 dimensions (T, B, I), got shape {tuple(x.shape)}")
     if lengths is not None:
         lengths = integers("lengths", lengths)
         check_shape("lengths", lengths, (x.shape[1],), "(B,)")
@@ -141,6 +143,8 @@ def integers(name: str, values: Any) -> Tensor:
 
 def packed_state(x: Tensor, batch_sizes: Tensor, width: int) -> Tensor:
     """The zeros that stand for a missing first state of packed rows, whose batch only their sizes tell."""
+    if not torch.compiler.is_compiling():
+        reference.packed_sizes(x.shape[0], batch_sizes)  # a wrong one may be of any size
     return x.new_zeros(int(batch_sizes[0]), width)
 
 
@@ -282,13 +286,18 @@ def recorded(
     return Recorded.apply
 
 
-def batch_of(x: Tensor, state: Tensor | None) -> int | torch.SymInt:
-    """B of padded x (T, B, I), or of packed rows by a state that comes with them; for fake functions."""
+def states_shape(x: Tensor, given: Tensor | None, batch_sizes: Tensor | None, width: int) -> tuple[Any, ...]:
+    """Of last states, with the dimensions of x; B of packed rows by a state given with them. For fake functions."""
     if x.dim() == 3:
-        return x.shape[1]
-    if state is None:
-        return torch.library.get_ctx().new_dynamic_size()
-    return state.shape[0]
+        return 1, x.shape[1], width
+    if batch_sizes is None:
+        return x.shape[0], width
+    return torch.library.get_ctx().new_dynamic_size() if given is None else given.shape[-2], width
+
+
+def flat_state(state: Tensor | None) -> Tensor | None:
+    """A state of either form as (B, H)."""
+    return state if state is None or state.dim() == 2 else state.squeeze(0)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

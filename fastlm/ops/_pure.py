@@ -27,10 +27,10 @@ class _Steps:
         reverse: bool,
     ) -> None:
         self.reverse = reverse
-        self.packed = batch_sizes is not None
-        if batch_sizes is not None:
-            sizes = torch.tensor(reference.packed_sizes(x.shape[0], batch_sizes))
-            self.active: Tensor | None = torch.arange(int(sizes[0])) < sizes[:, None]
+        self.packed = x.dim() == 2
+        if self.packed:  # a single step, where they are of no more
+            sizes = [x.shape[0]] if batch_sizes is None else reference.packed_sizes(x.shape[0], batch_sizes)
+            self.active: Tensor | None = torch.arange(sizes[0]) < torch.tensor(sizes)[:, None]
         else:
             self.active = None if lengths is None else reference.active_steps(x.shape[0], lengths)
         self.resets = reset_mask
@@ -54,6 +54,10 @@ class _Steps:
             return padded[self.active]
         return self.pad(padded)
 
+    def form(self, state: Tensor) -> Tensor:
+        """A copy of a last state (B, H) with the dimensions of the call's x."""
+        return state.clone() if self.packed else state.clone().unsqueeze_(0)
+
     def order(self, seq_len: int, backward: bool = False) -> Iterator[int]:
         """Times in the order of forward or of backward."""
         return iter(range(seq_len - 1, -1, -1) if self.reverse != backward else range(seq_len))
@@ -73,14 +77,14 @@ class _Steps:
 
 
 def _zeros_or(state: Tensor | None, x: Tensor, hidden: int) -> Tensor:
-    return x.new_zeros(x.shape[1], hidden) if state is None else state
+    return x.new_zeros(x.shape[1], hidden) if state is None else state.reshape(x.shape[1], hidden)
 
 
 def _sum_of_products(grad_gates: Tensor, inputs: Tensor) -> Tensor:
-    """Sum over steps of grad_gates[t]^T inputs[t]: step by step, since one long sum loses accuracy."""
+    """Sum over steps of grad_gates[t]^T inputs[t]: each of its own (no addmm), since one long sum loses accuracy."""
     total = grad_gates.new_zeros(grad_gates.shape[2], inputs.shape[2])
     for gates, rows in zip(grad_gates, inputs, strict=True):
-        total.addmm_(gates.mT, rows)
+        total += gates.mT @ rows
     return total
 
 
@@ -115,7 +119,7 @@ def gru_forward(
         torch.cat((r, z, n, n_h, h), -1, out=reserve[t])
         output[t] = n + z * (h - n)
         (h,) = steps.reset(t, False, steps.keep(t, (output[t],), (h,)))
-    return steps.unpad(output).contiguous(), h.clone(), steps.unpad(reserve) if save else x.new_empty(0)
+    return steps.unpad(output).contiguous(), steps.form(h), steps.unpad(reserve) if save else x.new_empty(0)
 
 
 def gru_backward(
@@ -157,7 +161,7 @@ def gru_backward(
     empty = x.new_empty(0)
     return (
         steps.unpad(grad_gates_x @ w_ih) if need_x else empty,
-        empty.clone() if state is None else carry.clone(),
+        empty.clone() if state is None else carry.clone().reshape(state.shape),
         _sum_of_products(grad_gates_x, x) if need_weights else empty.clone(),
         _sum_of_products(grad_gates_h, reserve[..., 4 * hidden :]) if need_weights else empty.clone(),
         grad_gates_x.sum(1).sum(0) if need_bias else empty.clone(),
@@ -199,8 +203,8 @@ def lstm_forward(
         h, c = steps.reset(t, False, steps.keep(t, (output[t], cells[t]), (h, c)))
     return (
         steps.unpad(output).contiguous(),
-        h.clone(),
-        c.clone(),
+        steps.form(h),
+        steps.form(c),
         steps.unpad(cells) if all_cells else x.new_empty(0),
         steps.unpad(reserve) if save else x.new_empty(0),
     )
@@ -247,8 +251,8 @@ def lstm_backward(
     empty = x.new_empty(0)
     return (
         steps.unpad(grad_gates @ w_ih) if need_x else empty,
-        empty.clone() if state is None else grad_h.clone(),
-        empty.clone() if state is None else grad_c.clone(),
+        empty.clone() if state is None else grad_h.clone().reshape(state.shape),
+        empty.clone() if state is None else grad_c.clone().reshape(state.shape),
         _sum_of_products(grad_gates, x) if need_weights else empty.clone(),
         _sum_of_products(grad_gates, reserve[..., 5 * hidden :]) if need_weights else empty.clone(),
         grad_gates.sum(1).sum(0) if need_bias else empty.clone(),

@@ -30,7 +30,7 @@ def gru(
 
     Args:
         x (Tensor): input, (T, B, I), T >= 1; float32, float64 or bfloat16. With batch_sizes (rows, I).
-        h0 (Tensor, optional): initial state, (B, H), dtype of x. None: zeros.
+        h0 (Tensor, optional): initial state, (B, H) or as a module's (1, B, H), dtype of x. None: zeros.
         w_ih (Tensor): input weights, (3H, I), gate order r, z, n.
         w_hh (Tensor): recurrent weights, (3H, H).
         b_ih (Tensor, optional): (3H,). Default: None.
@@ -59,12 +59,29 @@ def gru(
     Differentiable in every floating-point tensor, any number of times.
     """
     sequences = _common.check_sequences(x, lengths, batch_sizes, reset_mask)
+    output, h_n = layer(x, h0, w_ih, w_hh, b_ih, b_hh, sequences, reverse)
+    return output, h_n if batch_sizes is not None else h_n.squeeze_(0)
+
+
+def layer(
+    x: Tensor,
+    h0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    sequences: _common.Sequences,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """`gru` of sequences that are checked, or of one step's x (B, I), with states as a module has them.
+
+    h_n has the dimensions of x: (1, B, H), or (B, H) beside packed rows or one step. h0 may have either form.
+    """
     if _common.is_plain(x, h0, w_ih, w_hh, b_ih, b_hh):
         record = _common.requires_grad(x, h0, w_ih, w_hh, b_ih, b_hh)
         try:
             run = _recorded if record else _forward_plain
-            output, h_n, _ = run(x, h0, w_ih, w_hh, b_ih, b_hh, *sequences, reverse, record)
-            return output, h_n
+            return run(x, h0, w_ih, w_hh, b_ih, b_hh, *sequences, reverse, record)[:2]  # type: ignore[return-value]
         except (RuntimeError, ValueError):
             _check(x, h0, w_ih, w_hh, b_ih, b_hh, sequences)  # says it by the argument's name
             raise
@@ -73,10 +90,21 @@ def gru(
         h0 = _common.packed_state(x, sequences.batch_sizes, w_hh.shape[1])
     tensors, kernel = _common.plan("gru", (x, h0, w_ih, w_hh, b_ih, b_hh))
     if not kernel:
-        return reference.gru(*tensors, **sequences._asdict(), reverse=reverse)
+        return _reference(tensors, sequences, reverse)
     record = _common.requires_grad(*tensors)
     output, h_n, _ = _common.call(_forward, record, *tensors, *sequences, reverse, record)
     return output, h_n
+
+
+def _reference(tensors: tuple[Any, ...], sequences: _common.Sequences, reverse: bool) -> tuple[Tensor, Tensor]:
+    """reference.gru in the forms of `layer`."""
+    x, h0, *weights = tensors
+    one_step = x.dim() == 2 and sequences.batch_sizes is None
+    output, h_n = reference.gru(
+        x.unsqueeze(0) if one_step else x, _common.flat_state(h0), *weights, **sequences._asdict(), reverse=reverse
+    )
+    # In place, for a view would refuse the usual `h_n.detach_()`.
+    return output.squeeze(0) if one_step else output, h_n.unsqueeze_(0) if x.dim() == 3 else h_n
 
 
 def _check(
@@ -95,7 +123,7 @@ def gru_cell(
         ValueError: shapes, dtypes or devices disagree (the message names the argument, expected and got).
     """
     _common.check_step_input(x)
-    return gru(x.unsqueeze(0), h, w_ih, w_hh, b_ih, b_hh)[1]
+    return layer(x, h, w_ih, w_hh, b_ih, b_hh, _common.ALL_STEPS, False)[0]
 
 
 @torch.library.register_fake("fastlm::gru_forward")
@@ -115,7 +143,7 @@ def _forward_fake(
     hidden = w_hh.shape[1]
     return (
         x.new_empty(*x.shape[:-1], hidden),
-        x.new_empty(_common.batch_of(x, h0), hidden),
+        x.new_empty(_common.states_shape(x, h0, batch_sizes, hidden)),
         _common.new_reserve(x, 5 * hidden if save else None),
     )
 
@@ -156,7 +184,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd_backward(ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, _: None) -> tuple[Any, ...]:
-    *inputs, lengths, batch_sizes, reset_mask, reserve = ctx.saved_tensors
+    *tensors, lengths, batch_sizes, reset_mask, reserve = ctx.saved_tensors
+    inputs = tuple(tensors)
     sequences = _common.Sequences(lengths, batch_sizes, reset_mask)
     x, h0, w_ih, w_hh, _, _ = inputs
     no_gradients = (None,) * 5
@@ -164,7 +193,7 @@ def _autograd_backward(ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | 
         return (*(None for _ in inputs), *no_gradients)
     needed = ctx.needs_input_grad[:6]
     if torch.is_grad_enabled() or not ctx.save:
-        outputs = _common.recompute(lambda: reference.gru(*inputs, **sequences._asdict(), reverse=ctx.reverse))
+        outputs = _common.recompute(lambda: _reference(inputs, sequences, ctx.reverse))
         return (*_common.composed_grads(outputs, (grad_output, grad_h_n), inputs, needed), *no_gradients)
     need_x, need_h0, *need_weights = needed
     grads = _common.call(

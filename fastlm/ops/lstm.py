@@ -35,7 +35,8 @@ def lstm(
 
     Args:
         x (Tensor): input, (T, B, I), T >= 1; float32, float64 or bfloat16. With batch_sizes (rows, I).
-        state (tuple): (h0, c0), (B, H) each (h0 (B, P) with w_hr), dtype of x; None for zeros.
+        state (tuple): (h0, c0), (B, H) each (h0 (B, P) with w_hr) or as a module's, (1, B, H), dtype of x; None for
+            zeros.
         w_ih (Tensor): input weights, (4H, I), gate order i, f, g, o.
         w_hh (Tensor): recurrent weights, (4H, H), with w_hr (4H, P).
         b_ih (Tensor, optional): (4H,). Default: None.
@@ -65,13 +66,14 @@ def lstm(
     h0, c0 = _pair(state)
     sequences = _common.check_sequences(x, lengths, batch_sizes, reset_mask)
     if w_hr is None:
-        output, h_n, c_n, cells = _run(x, h0, c0, w_ih, w_hh, b_ih, b_hh, sequences, reverse, return_all_states)
+        output, h_n, c_n, cells = layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, sequences, reverse, return_all_states)
     else:
-        output, h_n, c_n, cells = _projected(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, sequences, reverse)
-    return (output, (h_n, c_n), cells) if return_all_states else (output, (h_n, c_n))
+        output, h_n, c_n, cells = projected_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, sequences, reverse)
+    states = (h_n, c_n) if batch_sizes is not None else (h_n.squeeze_(0), c_n.squeeze_(0))
+    return (output, states, cells) if return_all_states else (output, states)
 
 
-def _run(
+def layer(
     x: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -83,6 +85,7 @@ def _run(
     reverse: bool,
     all_cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`lstm` without a projection in the forms of `fastlm.ops.gru.layer`; cells are empty if not asked for."""
     if _common.is_plain(x, h0, c0, w_ih, w_hh, b_ih, b_hh):
         record = _common.requires_grad(x, h0, c0, w_ih, w_hh, b_ih, b_hh)
         try:
@@ -96,10 +99,7 @@ def _run(
         h0 = _common.packed_state(x, sequences.batch_sizes, w_hh.shape[1])
     tensors, kernel = _common.plan("lstm", (x, h0, c0, w_ih, w_hh, b_ih, b_hh))
     if not kernel:
-        output, (h_n, c_n), cells = reference.lstm(
-            tensors[0], tensors[1:3], *tensors[3:], **sequences._asdict(), reverse=reverse
-        )
-        return output, h_n, c_n, cells
+        return _reference(tensors, sequences, reverse)
     record = _common.requires_grad(*tensors)
     return _common.call(_forward, record, *tensors, *sequences, reverse, record, all_cells)[:4]
 
@@ -118,7 +118,8 @@ def lstm_cell(
         ValueError: shapes, dtypes or devices disagree (the message names the argument, expected and got).
     """
     _common.check_step_input(x)
-    return lstm(x.unsqueeze(0), state, w_ih, w_hh, b_ih, b_hh)[1]
+    output, _, c_n, _ = layer(x, *_pair(state), w_ih, w_hh, b_ih, b_hh, _common.ALL_STEPS, False, False)
+    return output, c_n
 
 
 def _pair(state: object) -> State:
@@ -142,7 +143,7 @@ def _check(
     _common.check_recurrent(4, tensors if w_hr is None else tensors | {"w_hr": w_hr}, sequences)
 
 
-def _projected(
+def projected_layer(
     x: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -154,17 +155,32 @@ def _projected(
     sequences: _common.Sequences,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`layer` with a projection, by the reference; cells are always there."""
     _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh, sequences, w_hr)
     reason = "lstm has no kernel for a projection (w_hr, proj_size)"
     if _trace.calls is not None:
         _trace.record("lstm", reason)
     if _backend.forced() != "reference" and not _common.composed_path(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr):
         _backend.fall_back(reason)
-    tensors = _common.autocast(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
-    output, (h_n, c_n), cells = reference.lstm(
-        tensors[0], tensors[1:3], *tensors[3:], **sequences._asdict(), reverse=reverse
+    return _reference(_common.autocast(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr), sequences, reverse)
+
+
+def _reference(
+    tensors: tuple[Any, ...], sequences: _common.Sequences, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """reference.lstm in the forms of `layer`."""
+    x, h0, c0, *weights = tensors
+    one_step = x.dim() == 2 and sequences.batch_sizes is None
+    output, states, cells = reference.lstm(
+        x.unsqueeze(0) if one_step else x,
+        (_common.flat_state(h0), _common.flat_state(c0)),
+        *weights,
+        **sequences._asdict(),
+        reverse=reverse,
     )
-    return output, h_n, c_n, cells
+    # In place, for a view would refuse the usual `h_n.detach_()`.
+    h_n, c_n = (state.unsqueeze_(0) if x.dim() == 3 else state for state in states)
+    return (output.squeeze(0), h_n, c_n, cells.squeeze(0)) if one_step else (output, h_n, c_n, cells)
 
 
 @torch.library.register_fake("fastlm::lstm_forward")
@@ -183,12 +199,13 @@ def _forward_fake(
     save: bool,
     all_cells: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    hidden, batch = w_hh.shape[1], _common.batch_of(x, c0 if h0 is None else h0)
+    hidden = w_hh.shape[1]
     output_shape = (*x.shape[:-1], hidden)
+    states_shape = _common.states_shape(x, c0 if h0 is None else h0, batch_sizes, hidden)
     return (
         x.new_empty(output_shape),
-        x.new_empty(batch, hidden),
-        x.new_empty(batch, hidden),
+        x.new_empty(states_shape),
+        x.new_empty(states_shape),
         x.new_empty(output_shape if all_cells else (0,)),
         _common.new_reserve(x, 6 * hidden if save else None),
     )
@@ -239,9 +256,10 @@ def _autograd_backward(
     grad_cells: Tensor | None,
     _: None,
 ) -> tuple[Any, ...]:
-    *inputs, lengths, batch_sizes, reset_mask, reserve = ctx.saved_tensors
+    *tensors, lengths, batch_sizes, reset_mask, reserve = ctx.saved_tensors
+    inputs = tuple(tensors)
     sequences = _common.Sequences(lengths, batch_sizes, reset_mask)
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh = inputs
+    x, h0, c0, w_ih, w_hh, _, _ = inputs
     # The empty tensor that stands for cells not asked for may get a gradient while compiling.
     grad_outputs = (grad_output, grad_h_n, grad_c_n, grad_cells if ctx.all_cells else None)
     no_gradients = (None,) * 6
@@ -249,10 +267,8 @@ def _autograd_backward(
         return (*(None for _ in inputs), *no_gradients)
     needed = ctx.needs_input_grad[:7]
     if torch.is_grad_enabled() or not ctx.save:
-        output, states, cells = _common.recompute(
-            lambda: reference.lstm(x, (h0, c0), w_ih, w_hh, b_ih, b_hh, **sequences._asdict(), reverse=ctx.reverse)
-        )
-        grads = _common.composed_grads((output, *states, cells), grad_outputs, tuple(inputs), needed)
+        outputs = _common.recompute(lambda: _reference(inputs, sequences, ctx.reverse))
+        grads = _common.composed_grads(outputs, grad_outputs, inputs, needed)
         return (*grads, *no_gradients)
     need_x, need_h0, need_c0, *need_weights = needed
     *kernel_grads, grad_bias = _common.call(

@@ -97,6 +97,31 @@ def test_opcheck_backward(kind: str, arriving: str, sequences: dict[str, Tensor]
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layered", [False, True], ids=("B_H", "1_B_H"))
+@pytest.mark.parametrize("one_step", [False, True], ids=("steps", "one_step"))
+def test_forms_of_states(kind: str, layered: bool, one_step: bool) -> None:
+    """x may be one step's (B, I); a state given may have a module's form; the last ones have the dimensions of x."""
+    flat = make_recurrent(kind, 1 if one_step else 3, 2, 4, 5)
+    case = flat.map(
+        lambda name, t: t[0] if name == "x" and one_step else t[None] if name in ("h0", "c0") and layered else t
+    )
+    opcheck_forward(case.map(lambda _, tensor: tensor.detach().requires_grad_()), True)
+    needs = (True,) * 4
+    for name, arguments in (
+        ("forward", lambda c: c.op_arguments(True)),
+        ("backward", lambda c: backward_arguments(c, needs)),
+    ):
+        op = getattr(torch.ops.fastlm, f"{kind}_{name}").default
+        torch.library.opcheck(op, arguments(case))
+        for got, expected in zip(op(*arguments(case)), op(*arguments(flat)), strict=True):
+            assert torch.equal(got.flatten(), expected.flatten())
+    last = getattr(torch.ops.fastlm, f"{kind}_forward")(*case.op_arguments(True))[1]
+    assert last.shape == ((2, 5) if one_step else (1, 2, 5))
+    grad = getattr(torch.ops.fastlm, f"{kind}_backward")(*backward_arguments(case, needs))[1]
+    assert grad.shape == case.h0.shape
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_backward_computes_what_is_asked_for(isa: str, kind: str) -> None:
     case = make_recurrent(kind, 3, 2, 4, 5)
     op = getattr(torch.ops.fastlm, f"{kind}_backward")

@@ -45,7 +45,8 @@ def wrong_arguments(op: str) -> list[tuple[dict[str, Any], type[Exception], str]
         ({"b_hh": f(rows(op), 1)}, ValueError, "b_hh: expected shape"),
         ({"h0": f(2, 6)}, ValueError, r"h0: expected shape \(B, H\) = \(3, 6\), got \(2, 6\)"),
         ({"h0": f(3, 7)}, ValueError, r"h0: expected shape .*got \(3, 7\)"),
-        ({"h0": f(1, 3, 6)}, ValueError, r"h0: expected shape .*got \(1, 3, 6\)"),
+        ({"h0": f(2, 3, 6)}, ValueError, r"h0: expected shape \(1, B, H\) = \(1, 3, 6\), got \(2, 3, 6\)"),
+        ({"h0": f(1, 1, 3, 6)}, ValueError, r"h0: expected shape .*got \(1, 1, 3, 6\)"),
         ({"x": f(x_shape, dtype=torch.float64)}, ValueError, "expected dtype torch.float64 .*got torch.float32"),
         ({"w_hh": f(rows(op), 6, dtype=torch.float64)}, ValueError, "w_hh: expected dtype torch.float32"),
         ({"b_ih": f(rows(op), dtype=torch.bfloat16)}, ValueError, "b_ih: expected dtype torch.float32"),
@@ -65,6 +66,8 @@ def wrong_arguments(op: str) -> list[tuple[dict[str, Any], type[Exception], str]
     if op.startswith("lstm"):
         cases += [
             ({"c0": f(3, 5)}, ValueError, r"c0: expected shape .*got \(3, 5\)"),
+            ({"c0": f(1, 3, 6)}, ValueError, r"c0: expected shape \(B, H\) = \(3, 6\), got \(1, 3, 6\)"),
+            ({"h0": f(1, 3, 6)}, ValueError, r"c0: expected shape \(1, B, H\) = \(1, 3, 6\), got \(3, 6\)"),
             ({"c0": f(3, 6).double()}, ValueError, "c0: expected dtype"),
             ({"state": f(3, 6)}, TypeError, "state: expected a pair"),
             ({"state": None}, TypeError, "state: expected a pair"),

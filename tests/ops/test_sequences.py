@@ -94,7 +94,8 @@ def test_resets_nowhere_and_everywhere(isa: str, kind: str, reverse: bool, fill:
     check_recurrent(case)
     got = forward_backward(run_fastlm, case)
     if not fill:
-        assert equal(got, forward_backward(run_fastlm, replace(case, reset_mask=None)))
+        if _native.module is not None:  # torch's products depend on where in memory their operands lie
+            assert equal(got, forward_backward(run_fastlm, replace(case, reset_mask=None)))
     elif reverse:
         assert not got["h_n"].any()
     else:
@@ -134,6 +135,7 @@ def test_gradients_past_a_length_are_ignored(isa: str, kind: str) -> None:
 
 @kinds
 @BOTH_WAYS
+@pytest.mark.skipif(_native.module is None, reason="the promise is the kernels', not torch's")
 def test_every_way_to_say_it_gives_the_same(isa: str, kind: str, reverse: bool) -> None:
     case = with_sequences(make_recurrent(kind, 9, 6, 4, 17, reverse=reverse), "lengths")
     expected = run_fastlm(case)
