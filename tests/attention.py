@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 import fastlm
-from fastlm import _native
 from fastlm.ops.reference import dropout_factors
 from tests.numerics import Outputs, check_case, forward_backward, incoming
 
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
 dtypes = pytest.mark.parametrize("dtype", [FP32, FP64, BF16], ids=("fp32", "fp64", "bf16"))
-kernels_only = pytest.mark.skipif(_native.module is None, reason="the promise is the kernels', not torch's")
 full = pytest.mark.full
 
 SEED = 7  # of torch's generator, from which a call with dropout draws its own

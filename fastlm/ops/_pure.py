@@ -300,7 +300,7 @@ def attention_backward(
         if seed is not None:
             factors = reference.dropout_factors(seed, dropout, q.shape[:3], k.shape[2])
         *grads, grad_scores = _attention_grads(
-            grad_output, grad_lse, q, k, v, output, lse, keep, bias, slopes, kv_lengths, factors, *numbers
+            grad_output, grad_lse, q, k, v, output, keep, bias, slopes, kv_lengths, factors, *numbers
         )
         grad_bias = grad_scores.sum_to_size(bias.shape) if need_bias and bias is not None else lse.new_empty(0)
         return (*map(_in_order_of, (q, k, v), grads), grad_bias)  # type: ignore[return-value]
@@ -314,11 +314,10 @@ def attention_backward(
             x[part].transpose(0, 1)[None]
             for x, part in ((q, rows[0]), (k, rows[1]), (v, rows[2]), (grad_output, rows[0]), (output, rows[0]))
         )
-        lses = (None if x is None else x[None, :, first:last] for x in (grad_lse, lse))
-        grad_lse_b, lse_b = lses
+        grad_lse_b = None if grad_lse is None else grad_lse[None, :, first:last]
         slope = slopes if slopes is None or slopes.shape[0] == 1 else slopes[b : b + 1]
         *grads, _ = _attention_grads(
-            grad_b, grad_lse_b, q_b, k_b, v_b, output_b, lse_b, None, None, slope, None, factors, *numbers
+            grad_b, grad_lse_b, q_b, k_b, v_b, output_b, None, None, slope, None, factors, *numbers
         )
         for into, part, grad in zip(whole, rows, grads, strict=True):
             into[part] = grad[0].transpose(0, 1)
@@ -332,7 +331,6 @@ def _attention_grads(
     k: Tensor,
     v: Tensor,
     output: Tensor,
-    lse: Tensor | None,
     keep: Tensor | None,
     bias: Tensor | None,
     slopes: Tensor | None,
@@ -343,11 +341,10 @@ def _attention_grads(
     *numbers: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the scores of one batch (B, H, T, D)."""
-    assert lse is not None
     group = (k.shape[1], q.shape[1] // max(k.shape[1], 1))
     k, v = (reference.keys_within(x, q.shape[1], kv_lengths) for x in (k, v))
     scores, capped = reference.attention_scores(q, k, keep, bias, slopes, kv_lengths, scale, softcap, *numbers)
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+    weights, _ = reference.softmax(scores)
     grad_weights = grad_output @ v.mT
     delta = (grad_output * output).sum(-1)
     kept = weights

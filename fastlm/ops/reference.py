@@ -119,7 +119,7 @@ def packed_sizes(rows: int, batch_sizes: Tensor) -> list[int]:
     if any(size < 1 for size in sizes):
         raise ValueError(f"batch_sizes: expected positive numbers, got {min(sizes)}")
     if sizes != sorted(sizes, reverse=True):
-        raise ValueError("batch_sizes: expected numbers that never grow")
+        raise ValueError(f"batch_sizes: expected numbers that never grow, got {sizes}")
     if sum(sizes) != rows:
         raise ValueError(f"batch_sizes: expected a sum of {rows} (the rows of x), got {sum(sizes)}")
     return sizes
@@ -312,13 +312,27 @@ def _attend(
     """One batch of sequences (B, H, T, D); factors: of weights, for dropout."""
     k, v = (keys_within(x, q.shape[1], kv_lengths) for x in (k, v))
     scores, _ = attention_scores(q, k, keep, bias, slopes, kv_lengths, *numbers)
-    # A row that sees nothing: weights 0 and no gradient, where a softmax would give NaN.
-    blind = (scores == -torch.inf).all(-1)
-    lse = torch.logsumexp(scores.masked_fill(blind[..., None], 0), -1) if k.shape[2] else scores.sum(-1)
-    weights = torch.exp(scores - lse[..., None])
+    weights, lse = softmax(scores)
     if factors is not None:
         weights = weights * factors.to(weights.dtype)
-    return weights @ v, lse.masked_fill(blind, -torch.inf)
+    return weights @ v, lse
+
+
+def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights over the last dimension, and the log-sum-exp; a row of -inf alone gives 0, -inf and no gradient.
+
+    Not exp(scores - lse): beside large scores, as of rows masked by numbers like -1e9, lse loses all digits that count.
+    """
+    blind = (scores == -torch.inf).all(-1, keepdim=True)
+    if not scores.shape[-1]:
+        return scores, scores.sum(-1).masked_fill(blind[..., 0], -torch.inf)
+    scores = scores.masked_fill(blind, 0)
+    greatest = scores.detach().amax(-1, keepdim=True)
+    greatest = greatest.masked_fill(greatest == torch.inf, 0)
+    parts = torch.exp(scores - greatest)
+    sums = parts.sum(-1, keepdim=True)
+    lse = (greatest + sums.log()).masked_fill(blind, -torch.inf)
+    return (parts / sums).masked_fill(blind, 0), lse[..., 0]
 
 
 def keys_within(x: Tensor, q_heads: int, kv_lengths: Tensor | None) -> Tensor:

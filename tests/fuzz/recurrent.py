@@ -61,7 +61,10 @@ def spoil(case: Recurrent, chance: random.Random) -> tuple[str, Recurrent]:
         f"{name} of another dtype": lambda: replace(
             case, **{name: tensor.to(torch.float64 if tensor.dtype != torch.float64 else torch.float32)}
         ),
-        f"{name} with one dimension more": lambda: replace(case, **{name: tensor.unsqueeze(0)}),
+        # Of states two, for one more is a module's form.
+        f"{name} with dimensions more": lambda: replace(
+            case, **{name: tensor[None, None] if name in ("h0", "c0") else tensor[None]}
+        ),
         f"{name} of no dimensions": lambda: replace(case, **{name: tensor.new_zeros(())}),
         f"{name} as a list": lambda: replace(case, **{name: tensor.tolist()}),
         f"{name} of whole numbers": lambda: replace(case, **{name: tensor.long()}),

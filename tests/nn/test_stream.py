@@ -10,7 +10,7 @@ from torch import Tensor
 import fastlm
 from fastlm import _native
 from fastlm.nn import Stream
-from tests.numerics import check
+from tests.numerics import check, kernels_only
 
 KINDS = ("GRU", "LSTM")
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -99,7 +99,7 @@ def test_bfloat16_weights_of_a_float32_module(isa: str, kind: str) -> None:
 
 
 @kinds
-@pytest.mark.skipif(_native.module is None, reason="the promise is the kernels', not torch's")
+@kernels_only
 @torch.no_grad()
 def test_threads_give_the_same_bits(isa: str, kind: str) -> None:
     for batch, hidden, layers in ((1, 256, 2), (3, 100, 1), (40, 64, 2)):

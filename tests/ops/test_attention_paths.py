@@ -11,14 +11,13 @@ from tests.attention import (
     FP64,
     check_attention,
     dtypes,
-    kernels_only,
     make_attention,
     make_varlen,
     run_fastlm,
     run_torch,
 )
 from tests.child import check_python
-from tests.numerics import Outputs, check, forward_backward
+from tests.numerics import Outputs, check, forward_backward, kernels_only
 
 
 @pytest.mark.parametrize("k_len", [511, 512, 513, 1600])

@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastlm
-from fastlm import _native
 from fastlm.ops import reference
 from tests.child import check_python
-from tests.numerics import Outputs, check_all, check_case, forward_backward
+from tests.numerics import Outputs, check_all, check_case, forward_backward, kernels_only
 
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 REDUCTIONS = ("mean", "sum", "none")
@@ -181,7 +180,7 @@ def test_large_and_special_values(reduction: str) -> None:
         assert torch.equal(got["grad_hidden"].isnan(), expected["grad_hidden"].isnan())
 
 
-@pytest.mark.skipif(_native.module is None, reason="the promise is the kernels', not torch's")
+@kernels_only
 @reductions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, BF16], ids=str)
 def test_threads_give_the_same_bits(isa: str, dtype: torch.dtype, reduction: str) -> None:
@@ -293,7 +292,7 @@ print((peak() - before) * 1024 - hidden.nbytes - weight.nbytes)
 """
 
 
-@pytest.mark.skipif(_native.module is None, reason="the promise is the kernels', not torch's")
+@kernels_only
 def test_memory_is_a_tenth_of_torchs() -> None:
     ours = int(check_python(PEAK.format(function="linear_cross_entropy")))
     theirs = int(check_python(PEAK.format(function="lambda h, w, t: cross_entropy(linear(h, w), t)")))

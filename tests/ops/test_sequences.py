@@ -15,6 +15,7 @@ from tests.numerics import (
     check_all,
     check_recurrent,
     forward_backward,
+    kernels_only,
     make_recurrent,
     run_fastlm,
     run_reference,
@@ -135,7 +136,7 @@ def test_gradients_past_a_length_are_ignored(isa: str, kind: str) -> None:
 
 @kinds
 @BOTH_WAYS
-@pytest.mark.skipif(_native.module is None, reason="the promise is the kernels', not torch's")
+@kernels_only
 def test_every_way_to_say_it_gives_the_same(isa: str, kind: str, reverse: bool) -> None:
     case = with_sequences(make_recurrent(kind, 9, 6, 4, 17, reverse=reverse), "lengths")
     expected = run_fastlm(case)
@@ -149,7 +150,7 @@ def test_every_way_to_say_it_gives_the_same(isa: str, kind: str, reverse: bool) 
 
 
 @kinds
-@pytest.mark.skipif(_native.module is None, reason="the promise is the kernels', not torch's")
+@kernels_only
 def test_threads_give_the_same_bits(isa: str, kind: str) -> None:
     for (seq_len, batch, hidden), form, reverse in product(
         ((30, 33, 17), (20, 9, 256), (70, 40, 64), (1, 30, 100)), FORMS, (False, True)

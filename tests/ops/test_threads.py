@@ -7,9 +7,8 @@ from itertools import product
 import pytest
 import torch
 
-from fastlm import _native
 from tests.child import check_python
-from tests.numerics import Outputs, forward_backward, make_recurrent, run_fastlm
+from tests.numerics import Outputs, forward_backward, kernels_only, make_recurrent, run_fastlm
 
 KINDS = ("gru", "lstm")
 # Batch split and unit split, below and above the threshold where a second thread joins, uneven shares; blocks of units
@@ -17,7 +16,7 @@ KINDS = ("gru", "lstm")
 SHAPES = [(T, B, 24, H) for T, B, H in product((1, 12), (1, 2, 3, 5, 8, 16, 33), (17, 256))]
 SHAPES += [(130, 1, 5, 96), (30, 40, 7, 272), (1, 30, 33, 100)]
 
-pytestmark = pytest.mark.skipif(_native.module is None, reason="the promise is the kernels', not torch's")
+pytestmark = kernels_only
 
 
 def same(got: Outputs, expected: Outputs) -> bool:
