@@ -25,12 +25,13 @@ import torch
 import fastlm
 
 WORDS = "--vocabulary word --embedding-size 128 --hidden-size 256 --seq-len 64 --batch-size 32 --steps 400"
-# name: options of `fastlm train lm`; the character models take about the same time.
+# name: options of `fastlm train lm`; the character models named so take about the same time.
 SYSTEMS = {
     "gru_words": f"--model gru {WORDS}",
     "lstm_words": f"--model lstm {WORDS}",
     "transformer_characters": "--model transformer --eval-every 500",
     "gru_characters": "--model gru --steps 400 --eval-every 100",
+    "default": "",
 }
 SEEDS = {"transformer_characters": 3}  # else 1
 HERE = Path(__file__).parent

@@ -13,13 +13,13 @@ class RecurrentCall {
  public:
   RecurrentCall(const Tensor& x, const Tensor& w_hh, int64_t gate_count, const OptionalTensor& lengths,
                 const OptionalTensor& batch_sizes, const OptionalTensor& reset_mask)
-      : dtype(x.scalar_type()), flat_(x.dim() == 2) {
+      : dtype(x.scalar_type()), flat_(x.dim() == 2), one_step_(flat_ && !batch_sizes) {
     check(w_hh.dim() == 2, "w_hh: expected 2 dimensions (gates * H, H)");
     hidden = w_hh.size(1), gates = gate_count * hidden;
     if (batch_sizes) {
       check(!lengths && !reset_mask, "batch_sizes: expected neither lengths nor reset_mask beside them");
       take_packed(x, *batch_sizes);
-    } else if (flat_) {
+    } else if (one_step_) {
       check(!lengths && !reset_mask, "x: expected 3 dimensions (T, B, I) with lengths or reset_mask");
       seq_len = 1, batch = rows_ = x.size(0), input_size = x.size(1);
     } else {
@@ -33,8 +33,8 @@ class RecurrentCall {
 
   // The shape of one row of `width` per step and sequence.
   Shape rows(int64_t width) const { return flat_ ? Shape{rows_, width} : Shape{seq_len, batch, width}; }
-  // Of the states that the call makes, and of those that it is given, which may have a module's form beside any x.
-  Shape states() const { return states(!flat_); }
+  // Of the states that the call makes, and of those that it is given, which may have either form beside any x.
+  Shape states() const { return states(!one_step_); }
   Shape states_as(const OptionalTensor& given) const { return states(given && given->dim() == 3); }
 
   template <class Params>
@@ -68,7 +68,7 @@ class RecurrentCall {
     ragged_ = sequences_->view();
   }
 
-  const bool flat_;  // no dimension of time
+  const bool flat_, one_step_;  // flat: no dimension of time
   int64_t rows_ = 0;
   std::optional<cpu::Sequences> sequences_;
   Ragged ragged_{};

@@ -24,7 +24,6 @@ class Recurrent(TorchTwin, torch.nn.RNNBase):
     """
 
     _state_size_texts: ClassVar[tuple[str, ...]]
-    _no_states: ClassVar[States]  # one None per kind
 
     # Of the class, for modules that fastlm.replace made without a constructor.
     weight_dropout: float = 0.0
@@ -47,7 +46,7 @@ class Recurrent(TorchTwin, torch.nn.RNNBase):
     ) -> Run:
         """One layer and direction over time-major x (T, B, I) or packed rows.
 
-        States are (B, *) or (1, B, *), finals (1, B, *) or (B, *) beside packed rows.
+        States are (B, *) or (1, B, *), finals (1, B, *).
         """
         raise NotImplementedError  # GRU and LSTM say it
 
@@ -118,18 +117,16 @@ class Recurrent(TorchTwin, torch.nn.RNNBase):
         sequences: _common.Sequences,
         every: bool,
     ) -> Run:
+        missing: States = [None] * len(self._state_size_texts)
         drops = self.training and self.weight_dropout > 0
         if len(layers) == 1 and not drops:
-            initial = self._no_states if states is None else states
+            initial = missing if states is None else states
             output, finals, histories = self._layer(x, initial, layers[0], sequences, False, every)
-            if sequences.batch_sizes is not None:
-                for final in finals:
-                    final.unsqueeze_(0)  # in place, for a view would refuse the usual `h_n.detach_()`
             return output, finals, _each(histories, lambda state: state.unsqueeze(0))
         directions = 2 if self.bidirectional else 1
         runs: list[Run] = []
         for index, weights in enumerate(layers):
-            initial = self._no_states if states is None else [state[index] for state in states]
+            initial = missing if states is None else [state[index] for state in states]
             if drops:
                 weights = [weights[0], dropout(weights[1], self.weight_dropout), *weights[2:]]
             runs.append(self._layer(x, initial, weights, sequences, index % directions == 1, every))
@@ -138,8 +135,7 @@ class Recurrent(TorchTwin, torch.nn.RNNBase):
                 x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
                 if self.dropout and self.training and index + 1 < len(layers):
                     x = self._drop(x, sequences.batch_sizes)
-        join = torch.cat if sequences.batch_sizes is None else torch.stack
-        finals = [join(final) for final in zip(*(run[1] for run in runs), strict=True)]
+        finals = [torch.cat(final) for final in zip(*(run[1] for run in runs), strict=True)]
         if not every:
             return x, finals, None
         return x, finals, [torch.stack(each) for each in zip(*(run[2] or () for run in runs), strict=True)]

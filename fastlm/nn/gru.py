@@ -26,7 +26,6 @@ class GRU(Recurrent):
 
     torch_class = torch.nn.GRU
     _state_size_texts = ("Expected hidden size {}, got {}",)
-    _no_states = (None,)
 
     def __init__(
         self,

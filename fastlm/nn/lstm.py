@@ -29,7 +29,6 @@ class LSTM(Recurrent):
 
     torch_class = torch.nn.LSTM
     _state_size_texts = ("Expected hidden[0] size {}, got {}", "Expected hidden[1] size {}, got {}")
-    _no_states = (None, None)
 
     # Helpers that callers of torch.nn.LSTM know; they need nothing but RNNBase.
     check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]

@@ -1,6 +1,6 @@
 """What every public function does before its op: checks, autocast, choice of back end."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -287,17 +287,26 @@ def recorded(
 
 
 def states_shape(x: Tensor, given: Tensor | None, batch_sizes: Tensor | None, width: int) -> tuple[Any, ...]:
-    """Of last states, with the dimensions of x; B of packed rows by a state given with them. For fake functions."""
-    if x.dim() == 3:
-        return 1, x.shape[1], width
+    """Of last states; B of packed rows by a state given with them. For fake functions."""
     if batch_sizes is None:
-        return x.shape[0], width
-    return torch.library.get_ctx().new_dynamic_size() if given is None else given.shape[-2], width
+        return (1, x.shape[1], width) if x.dim() == 3 else (x.shape[0], width)
+    return 1, torch.library.get_ctx().new_dynamic_size() if given is None else given.shape[-2], width
 
 
-def flat_state(state: Tensor | None) -> Tensor | None:
-    """A state of either form as (B, H)."""
-    return state if state is None or state.dim() == 2 else state.squeeze(0)
+def by_reference(
+    run: Callable[[Tensor, list[Tensor | None]], tuple[Sequence[Tensor], Sequence[Tensor]]],
+    x: Tensor,
+    states: Sequence[Tensor | None],
+    sequences: Sequences,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What `run` gives of steps and states (B, H), tensors of all steps and last states, in the forms of the ops."""
+    flat = [state if state is None or state.dim() == 2 else state.squeeze(0) for state in states]
+    if x.dim() == 2 and sequences.batch_sizes is None:
+        every, last = run(x.unsqueeze(0), flat)
+        return [tensor.squeeze(0) for tensor in every], list(last)
+    every, last = run(x, flat)
+    # In place, for a view would refuse the usual `h_n.detach_()`.
+    return list(every), [state.unsqueeze_(0) for state in last]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

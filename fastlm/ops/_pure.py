@@ -28,7 +28,8 @@ class _Steps:
     ) -> None:
         self.reverse = reverse
         self.packed = x.dim() == 2
-        if self.packed:  # a single step, where they are of no more
+        self.one_step = self.packed and batch_sizes is None
+        if self.packed:  # one step is packed rows too
             sizes = [x.shape[0]] if batch_sizes is None else reference.packed_sizes(x.shape[0], batch_sizes)
             self.active: Tensor | None = torch.arange(sizes[0]) < torch.tensor(sizes)[:, None]
         else:
@@ -55,8 +56,8 @@ class _Steps:
         return self.pad(padded)
 
     def form(self, state: Tensor) -> Tensor:
-        """A copy of a last state (B, H) with the dimensions of the call's x."""
-        return state.clone() if self.packed else state.clone().unsqueeze_(0)
+        """A copy of a last state (B, H) in the form of the op's."""
+        return state.clone() if self.one_step else state.clone().unsqueeze_(0)
 
     def order(self, seq_len: int, backward: bool = False) -> Iterator[int]:
         """Times in the order of forward or of backward."""

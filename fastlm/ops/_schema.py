@@ -5,10 +5,10 @@ import torch
 LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
 
 # Either x (T, B, I), with lengths (B,) int64 and reset_mask (T, B) bool if given, or with batch_sizes (T,) int64 packed
-# x (rows, I), or x (B, I) for one step; these three lie on the CPU for its kernels. h_n and c_n have the dimensions of
-# x, (1, B, H) as a module's or (B, H); h0 and c0 may have either form, both the same one. `save` asks for the reserve
-# that backward needs, `all_cells` for every c; without it each is an empty tensor. A gradient that is not asked for
-# (need_*, or `state`, of which only the shape counts) or has no input (no bias) is an empty tensor.
+# x (rows, I), or x (B, I) for one step; these three lie on the CPU for its kernels. h_n and c_n are (1, B, H) as a
+# module's, of one step (B, H); h0 and c0 may have either form, both the same one. `save` asks for the reserve that
+# backward needs, `all_cells` for every c; without it each is an empty tensor. A gradient that is not asked for (need_*,
+# or `state`, of which only the shape counts) or has no input (no bias) is an empty tensor.
 _SEQUENCES = "Tensor? lengths, Tensor? batch_sizes, Tensor? reset_mask"
 # q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv), or packed (rows, H, D) with q_starts and k_starts (B + 1,)
 # int64. keep (bool) and bias (dtype of q) have 4 dimensions that broadcast against (B, Hq, Tq, Tk), slopes such against

@@ -1,5 +1,6 @@
 """GRU operators: public functions, shape (fake) functions and autograd."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -60,7 +61,7 @@ def gru(
     """
     sequences = _common.check_sequences(x, lengths, batch_sizes, reset_mask)
     output, h_n = layer(x, h0, w_ih, w_hh, b_ih, b_hh, sequences, reverse)
-    return output, h_n if batch_sizes is not None else h_n.squeeze_(0)
+    return output, h_n.squeeze_(0)
 
 
 def layer(
@@ -73,10 +74,7 @@ def layer(
     sequences: _common.Sequences,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`gru` of sequences that are checked, or of one step's x (B, I), with states as a module has them.
-
-    h_n has the dimensions of x: (1, B, H), or (B, H) beside packed rows or one step. h0 may have either form.
-    """
+    """`gru` of sequences that are checked, with h_n as a module's, (1, B, H); or of one step's x (B, I), h_n (B, H)."""
     if _common.is_plain(x, h0, w_ih, w_hh, b_ih, b_hh):
         record = _common.requires_grad(x, h0, w_ih, w_hh, b_ih, b_hh)
         try:
@@ -96,15 +94,16 @@ def layer(
     return output, h_n
 
 
-def _reference(tensors: tuple[Any, ...], sequences: _common.Sequences, reverse: bool) -> tuple[Tensor, Tensor]:
+def _reference(tensors: Sequence[Any], sequences: _common.Sequences, reverse: bool) -> tuple[Tensor, Tensor]:
     """reference.gru in the forms of `layer`."""
     x, h0, *weights = tensors
-    one_step = x.dim() == 2 and sequences.batch_sizes is None
-    output, h_n = reference.gru(
-        x.unsqueeze(0) if one_step else x, _common.flat_state(h0), *weights, **sequences._asdict(), reverse=reverse
-    )
-    # In place, for a view would refuse the usual `h_n.detach_()`.
-    return output.squeeze(0) if one_step else output, h_n.unsqueeze_(0) if x.dim() == 3 else h_n
+
+    def run(x: Tensor, states: list[Any]) -> Any:
+        output, h_n = reference.gru(x, *states, *weights, **sequences._asdict(), reverse=reverse)
+        return [output], [h_n]
+
+    (output,), (h_n,) = _common.by_reference(run, x, (h0,), sequences)
+    return output, h_n
 
 
 def _check(
@@ -184,8 +183,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd_backward(ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, _: None) -> tuple[Any, ...]:
-    *tensors, lengths, batch_sizes, reset_mask, reserve = ctx.saved_tensors
-    inputs = tuple(tensors)
+    *inputs, lengths, batch_sizes, reset_mask, reserve = ctx.saved_tensors
     sequences = _common.Sequences(lengths, batch_sizes, reset_mask)
     x, h0, w_ih, w_hh, _, _ = inputs
     no_gradients = (None,) * 5

@@ -1,5 +1,6 @@
 """LSTM operators: public functions, shape (fake) functions and autograd."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -69,7 +70,7 @@ def lstm(
         output, h_n, c_n, cells = layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, sequences, reverse, return_all_states)
     else:
         output, h_n, c_n, cells = projected_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, sequences, reverse)
-    states = (h_n, c_n) if batch_sizes is not None else (h_n.squeeze_(0), c_n.squeeze_(0))
+    states = (h_n.squeeze_(0), c_n.squeeze_(0))
     return (output, states, cells) if return_all_states else (output, states)
 
 
@@ -166,21 +167,17 @@ def projected_layer(
 
 
 def _reference(
-    tensors: tuple[Any, ...], sequences: _common.Sequences, reverse: bool
+    tensors: Sequence[Any], sequences: _common.Sequences, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """reference.lstm in the forms of `layer`."""
     x, h0, c0, *weights = tensors
-    one_step = x.dim() == 2 and sequences.batch_sizes is None
-    output, states, cells = reference.lstm(
-        x.unsqueeze(0) if one_step else x,
-        (_common.flat_state(h0), _common.flat_state(c0)),
-        *weights,
-        **sequences._asdict(),
-        reverse=reverse,
-    )
-    # In place, for a view would refuse the usual `h_n.detach_()`.
-    h_n, c_n = (state.unsqueeze_(0) if x.dim() == 3 else state for state in states)
-    return (output.squeeze(0), h_n, c_n, cells.squeeze(0)) if one_step else (output, h_n, c_n, cells)
+
+    def run(x: Tensor, states: list[Any]) -> Any:
+        output, last, cells = reference.lstm(x, tuple(states), *weights, **sequences._asdict(), reverse=reverse)
+        return [output, cells], last
+
+    (output, cells), (h_n, c_n) = _common.by_reference(run, x, (h0, c0), sequences)
+    return output, h_n, c_n, cells
 
 
 @torch.library.register_fake("fastlm::lstm_forward")
@@ -256,8 +253,7 @@ def _autograd_backward(
     grad_cells: Tensor | None,
     _: None,
 ) -> tuple[Any, ...]:
-    *tensors, lengths, batch_sizes, reset_mask, reserve = ctx.saved_tensors
-    inputs = tuple(tensors)
+    *inputs, lengths, batch_sizes, reset_mask, reserve = ctx.saved_tensors
     sequences = _common.Sequences(lengths, batch_sizes, reset_mask)
     x, h0, c0, w_ih, w_hh, _, _ = inputs
     # The empty tensor that stands for cells not asked for may get a gradient while compiling.
@@ -268,7 +264,7 @@ def _autograd_backward(
     needed = ctx.needs_input_grad[:7]
     if torch.is_grad_enabled() or not ctx.save:
         outputs = _common.recompute(lambda: _reference(inputs, sequences, ctx.reverse))
-        grads = _common.composed_grads(outputs, grad_outputs, inputs, needed)
+        grads = _common.composed_grads(outputs, grad_outputs, tuple(inputs), needed)
         return (*grads, *no_gradients)
     need_x, need_h0, need_c0, *need_weights = needed
     *kernel_grads, grad_bias = _common.call(

@@ -14,7 +14,7 @@ from torch import Tensor
 import fastlm
 from fastlm import FastlmFallbackWarning, _native, _trace
 from fastlm.integrations import transformers as integration
-from tests.numerics import check, kernels_only, scaled_to_float64
+from tests.numerics import check, scaled_to_float64
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -218,7 +218,6 @@ def test_beam_search(family):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize("masked", [False, True], ids=["without_mask", "padded"])
 @torch.no_grad()
-@kernels_only
 def test_unused_tail_of_a_static_cache_is_not_read(family, masked):
     window = {"sliding_window": 15} if family in ("gemma2", "gpt_oss") else {}
     models = three_models(family, **window)

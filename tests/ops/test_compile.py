@@ -100,7 +100,7 @@ def test_opcheck_backward(kind: str, arriving: str, sequences: dict[str, Tensor]
 @pytest.mark.parametrize("layered", [False, True], ids=("B_H", "1_B_H"))
 @pytest.mark.parametrize("one_step", [False, True], ids=("steps", "one_step"))
 def test_forms_of_states(kind: str, layered: bool, one_step: bool) -> None:
-    """x may be one step's (B, I); a state given may have a module's form; the last ones have the dimensions of x."""
+    """x may be one step's (B, I); states given have either form, the last ones a module's but for one step."""
     flat = make_recurrent(kind, 1 if one_step else 3, 2, 4, 5)
     case = flat.map(
         lambda name, t: t[0] if name == "x" and one_step else t[None] if name in ("h0", "c0") and layered else t
