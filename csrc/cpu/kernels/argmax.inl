@@ -125,14 +125,11 @@ class ScreenedArgmax final : public Argmax<T> {
     const T* row = p_.weight + word * p_.dim;
     V sums[kChains] = {V::zero(), V::zero(), V::zero(), V::zero()};
     for (int64_t i = 0; i < p_.dim; i += kChains * V::kLanes)
-      for (int j = 0; j < kChains; ++j) {
+      unrolled<kChains>([&](auto j) FASTLM_LAMBDA_INLINE {
         const int64_t at = i + j * V::kLanes, left = p_.dim - at;
         if (left > 0) sums[j] = fma(V::load_partial(row + at, left), V::load_partial(hidden + at, left), sums[j]);
-      }
-    const V sum[4] = {(sums[0] + sums[1]) + (sums[2] + sums[3]), V::zero(), V::zero(), V::zero()};
-    T total[4];
-    horizontal_sums(sum, total);
-    return total[0] + bias(word);
+      });
+    return total((sums[0] + sums[1]) + (sums[2] + sums[3])) + bias(word);
   }
   T bias(int64_t word) const { return p_.bias ? p_.bias[word] : T(0); }
 

@@ -17,22 +17,6 @@ struct Keys {
   Keys clipped(int64_t from, int64_t to) const { return {std::max(begin, from), std::min(end, to)}; }
 };
 
-template <class T>
-T largest(Vec<T> x) {
-  T lanes[Vec<T>::kLanes];
-  x.store(lanes);
-  for (int width = Vec<T>::kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] < lanes[i + width] ? lanes[i + width] : lanes[i];
-  return lanes[0];
-}
-template <class T>
-T total(Vec<T> x) {
-  const auto quad = fold(x);
-  T sum = quad[0];
-  for (size_t i = 1; i < 16 / sizeof(T); ++i) sum += quad[i];
-  return sum;
-}
-
 // Runs body(V, i) for vectors of T from begin to end, several at a time where there are enough.
 template <class T, class Body>
 FASTLM_INLINE void for_vectors(int64_t begin, int64_t end, const Body& body) {
@@ -221,7 +205,7 @@ struct Softmax {
       const W e = exponential<W>(s + at, scale, shift, plain);
       e.store(s + at);
       if constexpr (W::kParts > 1)
-        for (int j = 0; j < W::kParts; ++j) sums[j % 2] = sums[j % 2] + e.parts[j];
+        unrolled<W::kParts>([&](auto j) FASTLM_LAMBDA_INLINE { sums[j % 2] = sums[j % 2] + e.parts[j]; });
       else
         sums[0] = sums[0] + e;
     });
@@ -237,10 +221,10 @@ struct Softmax {
   static T top(const T* s, int64_t begin, int64_t end) {
     using V = Vec<T>;
     V tops[4];
-    for (auto& t : tops) t = V::broadcast(-std::numeric_limits<T>::infinity());
+    unrolled<4>([&](auto j) FASTLM_LAMBDA_INLINE { tops[j] = V::broadcast(-std::numeric_limits<T>::infinity()); });
     int64_t i = begin;
     for (; i + 4 * V::kLanes <= end; i += 4 * V::kLanes)
-      for (int j = 0; j < 4; ++j) tops[j] = at_least(tops[j], V::load(s + i + j * V::kLanes));
+      unrolled<4>([&](auto j) FASTLM_LAMBDA_INLINE { tops[j] = at_least(tops[j], V::load(s + i + j * V::kLanes)); });
     for (; i < end; i += V::kLanes) tops[0] = at_least(tops[0], V::load(s + i));
     return largest(at_least(at_least(tops[0], tops[1]), at_least(tops[2], tops[3])));
   }

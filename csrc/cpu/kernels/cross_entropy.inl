@@ -18,6 +18,8 @@
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
 constexpr int64_t kLogitsBytes = 32 << 20;  // kept for a block of rows, at most
+template <class T>
+constexpr int64_t kRowsAtOnce = kDeep<T> / 4;  // of a block: the depth of the product for gradients of weight
 
 template <class S>
 class CrossEntropy {
@@ -37,7 +39,7 @@ class CrossEntropy {
       Layout l;
       l.keeps_logits = p.losses && (p.grad_hidden || p.grad_weight || p.grad_bias);
       const int64_t room = l.keeps_logits ? kLogitsBytes / (p.vocab * static_cast<int64_t>(sizeof(T))) : p.rows;
-      const int64_t rows = std::max<int64_t>(1, std::min({room, kBlockDepth<T>, p.live_rows}));
+      const int64_t rows = std::max<int64_t>(1, std::min({room, kRowsAtOnce<T>, p.live_rows}));
       l.block_rows = (rows + kCols<T> - 1) / kCols<T> * kCols<T>;
       l.row_stride = FASTLM_ISA_NAMESPACE::row_stride<T>(panels_for<T>(p.dim) * kCols<T>);
       l.logit_stride = FASTLM_ISA_NAMESPACE::row_stride<T>(l.block_rows);
@@ -342,11 +344,10 @@ class CrossEntropy {
 
   void add_grad_bias(Words words, const T* grads) const {
     for (int64_t word = words.begin; word < words.end; ++word, grads += layout_.logit_stride) {
-      V sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-      for (int64_t r = 0; r < rows_; r += V::kLanes) sums[0] = sums[0] + V::load_partial(grads + r, rows_ - r);
-      T sum[4];
-      horizontal_sums(sums, sum);
-      shared_.grad_bias[word] = first_ > 0 ? shared_.grad_bias[word] + sum[0] : sum[0];
+      V sums = V::zero();
+      for (int64_t r = 0; r < rows_; r += V::kLanes) sums = sums + V::load_partial(grads + r, rows_ - r);
+      const T sum = total(sums);
+      shared_.grad_bias[word] = first_ > 0 ? shared_.grad_bias[word] + sum : sum;
     }
   }
 

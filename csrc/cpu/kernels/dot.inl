@@ -3,12 +3,18 @@
 // Every element is summed in the same order whatever its place in a tile.
 #pragma once
 
+#include <algorithm>
+#include <array>
+#include <utility>
+
 #include "cpu/kernels/tile.h"
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
 constexpr int64_t kDotRowsAtMost = 12;  // beyond, packing a panel on the way is faster
-constexpr int kDotRows = 3;             // rows of A per tile, each with kDotWeights accumulators
+// Rows of A per tile, at most, and rows of W beside them: up to 24 of 32, or 12 of 16 registers accumulate.
+constexpr int kDotRows = FASTLM_VECTOR_BYTES == 64 ? 6 : 3;
+constexpr int dot_weights(int rows) { return rows == 1 ? 8 : FASTLM_VECTOR_BYTES == 64 ? std::min(8, 24 / rows) : 4; }
 
 template <class S, class A = Compute<S>>
 struct DotParams {
@@ -29,52 +35,61 @@ template <class S, class A, int R, int W>
 FASTLM_NOINLINE void dot_tile(const DotParams<S, A>& p) {
   using T = Compute<S>;
   using V = Vec<T>;
-  V acc[R][W];
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < W; ++j) acc[r][j] = V::zero();
+  constexpr int kQuads = (R * W + 3) / 4;
+  V acc[4 * kQuads];
+  unrolled<4 * kQuads>([&](auto i) FASTLM_LAMBDA_INLINE { acc[i] = V::zero(); });
   const S* w[W];  // a missing column repeats the last one; its sum is not stored
-  for (int j = 0; j < W; ++j) w[j] = p.w + std::min<int64_t>(j, p.count - 1) * p.w_stride;
+  unrolled<W>([&](auto j) FASTLM_LAMBDA_INLINE { w[j] = p.w + std::min<int64_t>(j, p.count - 1) * p.w_stride; });
   const auto step = [&](int64_t k, int64_t n) FASTLM_LAMBDA_INLINE {
     V a[R];
-    for (int r = 0; r < R; ++r) a[r] = load_as<V>(p.a + r * p.a_stride + k, n);
-    for (int j = 0; j < W; ++j) {
+    unrolled<R>([&](auto r) FASTLM_LAMBDA_INLINE { a[r] = load_as<V>(p.a + r * p.a_stride + k, n); });
+    unrolled<W>([&](auto j) FASTLM_LAMBDA_INLINE {
       const V weight = load_as<V>(w[j] + k, n);
-      for (int r = 0; r < R; ++r) acc[r][j] = fma(a[r], weight, acc[r][j]);
-    }
+      unrolled<R>([&](auto r) FASTLM_LAMBDA_INLINE { acc[r * W + j] = fma(a[r], weight, acc[r * W + j]); });
+    });
   };
   int64_t k = 0;
   for (; k + V::kLanes <= p.depth; k += V::kLanes) step(k, V::kLanes);
   if (k < p.depth) step(k, p.depth - k);
 
+  T sums[4 * kQuads];
+  unrolled<kQuads>([&](auto i) FASTLM_LAMBDA_INLINE {
+    horizontal_sums(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3], sums + 4 * i);
+  });
   for (int r = 0; r < R; ++r) {
-    T sums[W];
-    for (int j = 0; j < W; j += 4) horizontal_sums(acc[r] + j, sums + j);
     T* c = p.c + r * p.c_stride;
     for (int64_t j = 0; j < std::min<int64_t>(W, p.count); ++j)
-      c[j] = sums[j] + (p.init == Init::kAccumulate ? c[j] : p.init == Init::kBias ? p.bias[j] : T(0));
+      c[j] = sums[r * W + j] + (p.init == Init::kAccumulate ? c[j] : p.init == Init::kBias ? p.bias[j] : T(0));
   }
+}
+
+// dot_tile() for 1, 2, ... rows, with as many rows of W as it has for kMore rows more.
+template <class S, class A, int kMore, int... R>
+constexpr std::array<void (*)(const DotParams<S, A>&), sizeof...(R)> dot_tiles(std::integer_sequence<int, R...>) {
+  return {dot_tile<S, A, R + 1, dot_weights(R + 1 + kMore)>...};
 }
 
 // C (rows, count) = init + A (rows, depth) W (count, depth)^T. Long sums are cut, for accuracy.
 template <class S, class A = Compute<S>>
 void dot_product(DotParams<S, A> p, int64_t rows) {
-  const int64_t width = rows == 1 ? 8 : 4, depth = p.depth, block = 4 * kBlockDepth<Compute<S>>;
+  static constexpr auto kTiles = dot_tiles<S, A, 0>(std::make_integer_sequence<int, kDotRows>{});
+  static constexpr auto kSmaller = dot_tiles<S, A, 1>(std::make_integer_sequence<int, kDotRows - 1>{});
+  if (rows == 0) return;
+  const int64_t tiles = (rows + kDotRows - 1) / kDotRows, most = (rows + tiles - 1) / tiles;
+  const int64_t width = dot_weights(static_cast<int>(most)), depth = p.depth, block = kDeep<Compute<S>>;
   for (; p.count > 0; p.count -= width, p.w += width * p.w_stride, p.c += width) {
     DotParams<S, A> tile = p;
     if (p.bias) p.bias += width;
-    for (int64_t r = 0; r < rows; r += kDotRows, tile.c += kDotRows * p.c_stride)
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
+      const auto product = end - begin == most ? kTiles[most - 1] : kSmaller[most - 2];
+      tile.c = p.c + begin * p.c_stride;
       for (int64_t k = 0; k < depth || k == 0; k += block) {
-        tile.a = p.a + r * p.a_stride + k, tile.w = p.w + k, tile.depth = std::min(block, depth - k);
+        tile.a = p.a + begin * p.a_stride + k, tile.w = p.w + k, tile.depth = std::min(block, depth - k);
         tile.init = k == 0 ? p.init : Init::kAccumulate;
-        if (rows == 1)
-          dot_tile<S, A, 1, 8>(tile);
-        else if (rows - r == 1)
-          dot_tile<S, A, 1, 4>(tile);
-        else if (rows - r == 2)
-          dot_tile<S, A, 2, 4>(tile);
-        else
-          dot_tile<S, A, kDotRows, 4>(tile);
+        product(tile);
       }
+    }
   }
 }
 

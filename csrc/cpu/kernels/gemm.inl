@@ -99,10 +99,8 @@ constexpr int64_t panels_for(int64_t cols) {
   return (cols + kCols<T> - 1) / kCols<T>;
 }
 
-// Blocks of k that one panel of C takes in one after another, from cache, before the next panel comes: C itself would
+// A panel of C takes in the blocks of kDeep one after another, from cache, before the next panel comes: C itself would
 // have to come from memory for each. The fewer rows of A at a time keep these in L2.
-template <class T>
-constexpr int64_t kDeep = 4 * kBlockDepth<T>;
 constexpr int64_t kDeepRows = kBlockRows / 2;
 
 template <class T>
@@ -149,7 +147,7 @@ void block_times_panel(const GemmParams<T>& p, const T* a_tiles, int64_t begin, 
                        whole ? p.c_stride : kCols<T>,
                        whole ? init : Init::kZero,
                        bias,
-                       fetch_ahead<T>(panel, panel + depth * kCols<T>, (m - begin) / limit)};
+                       fetch_ahead<T>(panel, panel + depth * kCols<T>, depth, (m - begin) / limit)};
     if (p.a_transposed) {
       tile.a = a_tiles + (m - begin) * depth;
       tile.a_row = kTileRows;

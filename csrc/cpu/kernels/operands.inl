@@ -117,23 +117,14 @@ void pack_keys(const S* first, int64_t stride, int64_t begin, int64_t end, int64
     pack_transposed(first + n * stride, stride, dim, std::min(cols, end - n), panels + n * panel_depth<E>(dim));
 }
 
+template <bool kColumns, class T, int... N>
+constexpr auto narrow_tiles(std::integer_sequence<int, N...>) {
+  return std::array{tiles<T, T, N + 1, 1, kColumns>(std::make_integer_sequence<int, kTileRows>{})...};
+}
+
 template <bool kColumns, class T>
 void run_narrow_tile(int rows, int64_t vectors, const TileParams<T>& p) {
-  using Tile = void (*)(const TileParams<T>&);
-#define FASTLM_TILES(N)                                                             \
-  {                                                                                 \
-      tile_product<T, T, 1, N, 1, kColumns>, tile_product<T, T, 2, N, 1, kColumns>, \
-      tile_product<T, T, 3, N, 1, kColumns>, tile_product<T, T, 4, N, 1, kColumns>, \
-      tile_product<T, T, 5, N, 1, kColumns>, tile_product<T, T, 6, N, 1, kColumns>}
-  static constexpr Tile kTiles[][kTileRows] = {
-      FASTLM_TILES(1),
-      FASTLM_TILES(2),
-#if FASTLM_VECTOR_BYTES == 64
-      FASTLM_TILES(3),
-      FASTLM_TILES(4),
-#endif
-  };
-#undef FASTLM_TILES
+  static constexpr auto kTiles = narrow_tiles<kColumns, T>(std::make_integer_sequence<int, kTileVecs>{});
   kTiles[vectors - 1][rows - 1](p);
 }
 
@@ -173,20 +164,20 @@ template <int R, int N, bool kColumns>
 FASTLM_NOINLINE void pairs_tile(const PanelProduct<BFloat16>& p, int64_t pairs, bool accumulate) {
   using V = Vec<float>;
   V sums[R][N];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < N; ++v) sums[r][v] = accumulate ? V::load(p.c + r * p.c_stride + v * V::kLanes) : V::zero();
+  const auto place = [&](int r, int v) FASTLM_LAMBDA_INLINE { return p.c + r * p.c_stride + v * V::kLanes; };
+  unrolled<R, N>([&](auto r, auto v)
+                     FASTLM_LAMBDA_INLINE { sums[r][v] = accumulate ? V::load(place(r, v)) : V::zero(); });
   const BFloat16* panel = p.b;
   for (int64_t k = 0; k < pairs; ++k, panel += p.b_stride) {
     FloatBits b[N];
-    for (int v = 0; v < N; ++v) memcpy(&b[v], panel + 2 * v * V::kLanes, sizeof(b[v]));
-    for (int r = 0; r < R; ++r) {
+    unrolled<N>([&](auto v) FASTLM_LAMBDA_INLINE { memcpy(&b[v], panel + 2 * v * V::kLanes, sizeof(b[v])); });
+    unrolled<R>([&](auto r) FASTLM_LAMBDA_INLINE {
       uint32_t pair;
       memcpy(&pair, kColumns ? p.a + k * p.a_stride + 2 * r : p.a + r * p.a_stride + 2 * k, sizeof(pair));
-      for (int v = 0; v < N; ++v) sums[r][v] = add_pairs(sums[r][v], FloatBits{} + pair, b[v]);
-    }
+      unrolled<N>([&](auto v) FASTLM_LAMBDA_INLINE { sums[r][v] = add_pairs(sums[r][v], FloatBits{} + pair, b[v]); });
+    });
   }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < N; ++v) sums[r][v].store(p.c + r * p.c_stride + v * V::kLanes);
+  unrolled<R, N>([&](auto r, auto v) FASTLM_LAMBDA_INLINE { sums[r][v].store(place(r, v)); });
 }
 
 #ifdef FASTLM_BFLOAT16_TILES
@@ -223,14 +214,19 @@ void multiply(int64_t rows, int64_t depth, int64_t cols, const PanelProduct<BFlo
   }
 }
 #else
+template <bool kColumns, int N, int... R>
+constexpr std::array<void (*)(const PanelProduct<BFloat16>&, int64_t, bool), sizeof...(R)> pairs_tiles(
+    std::integer_sequence<int, R...>) {
+  return {pairs_tile<R + 1, N, kColumns>...};
+}
+template <bool kColumns, int... N>
+constexpr auto all_pairs_tiles(std::integer_sequence<int, N...>) {
+  return std::array{pairs_tiles<kColumns, N + 1>(std::make_integer_sequence<int, kTileRows>{})...};
+}
+
 template <bool kColumns>
 void multiply(int64_t rows, int64_t depth, int64_t cols, const PanelProduct<BFloat16>& p, bool accumulate) {
-  using Tile = void (*)(const PanelProduct<BFloat16>&, int64_t, bool);
-#define FASTLM_TILES(N)                                                                \
-  {pairs_tile<1, N, kColumns>, pairs_tile<2, N, kColumns>, pairs_tile<3, N, kColumns>, \
-   pairs_tile<4, N, kColumns>, pairs_tile<5, N, kColumns>, pairs_tile<6, N, kColumns>}
-  static constexpr Tile kTiles[][kTileRows] = {FASTLM_TILES(1), FASTLM_TILES(2), FASTLM_TILES(3), FASTLM_TILES(4)};
-#undef FASTLM_TILES
+  static constexpr auto kTiles = all_pairs_tiles<kColumns>(std::make_integer_sequence<int, kTileVecs>{});
   for (int64_t col = 0; col < cols; col += kCols<float>) {
     const int64_t vectors = (std::min(kCols<float>, cols - col) + Vec<float>::kLanes - 1) / Vec<float>::kLanes;
     PanelProduct<BFloat16> tile = p;

@@ -8,7 +8,7 @@ namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
 // What depth of many rows stays in L2 while panel after panel of weights passes by.
 template <class T>
-constexpr int64_t kDepthInCache = 2 * kBlockDepth<T>;
+constexpr int64_t kDepthInCache = kDeep<T> / 2;
 
 constexpr int kSumVecs = 4;  // columns summed together for the biases, so that whole cache lines are read
 
@@ -397,22 +397,20 @@ class BackwardPass {
   // Sum over the chunk's rows of some columns of a slot; in blocks of rows, for accuracy over many of them.
   FASTLM_NOINLINE void column_sum(int64_t rows, int slot, Team::Range columns, T* sums, bool accumulate) {
     using V = Vec<T>;
+    using Wide = Pack<T, kSumVecs>;
     constexpr int64_t kBlock = 32;
-    for (int64_t u = columns.begin; u < columns.end; u += kSumVecs * V::kLanes) {
-      V total[kSumVecs];
-      for (auto& t : total) t = V::zero();
+    for (int64_t u = columns.begin; u < columns.end; u += Wide::kLanes) {
+      Wide total = Wide::broadcast(0);
       for (int64_t row = 0; row < rows;) {
-        V block[kSumVecs];
-        for (auto& b : block) b = V::zero();
+        Wide block = Wide::broadcast(0);
         for (const int64_t end = std::min(rows, row + kBlock); row < end; ++row)
-          for (int v = 0; v < kSumVecs; ++v)
-            block[v] = block[v] + V::load(d_gates(row) + slot * p_.hidden + u + v * V::kLanes);
-        for (int v = 0; v < kSumVecs; ++v) total[v] = total[v] + block[v];
+          block = block + Wide::load(d_gates(row) + slot * p_.hidden + u);
+        total = total + block;
       }
       for (int v = 0; v < kSumVecs; ++v) {
         const int64_t first = u + v * V::kLanes, n = std::clamp<int64_t>(columns.end - first, 0, V::kLanes);
-        if (accumulate) total[v] = total[v] + V::load_partial(sums + first, n);
-        total[v].store_partial(sums + first, n);
+        const V sum = accumulate ? total.parts[v] + V::load_partial(sums + first, n) : total.parts[v];
+        sum.store_partial(sums + first, n);
       }
     }
   }

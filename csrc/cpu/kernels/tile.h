@@ -6,6 +6,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <utility>
 
 #include "cpu/simd/vec.h"
 
@@ -18,7 +20,10 @@ template <class T>
 constexpr int64_t kCols = int64_t{kTileVecs} * Vec<T>::kLanes;
 // k per block: a panel of floats and a tile of A fit in L1, and long sums gain accuracy from being cut.
 template <class T>
-constexpr int64_t kBlockDepth = 1024 / sizeof(T);
+constexpr int64_t kBlockDepth = (FASTLM_VECTOR_BYTES == 64 ? 512 : 1024) / sizeof(T);
+// k at a time of what lies in L2.
+template <class T>
+constexpr int64_t kDeep = 4096 / sizeof(T);
 constexpr int64_t kBlockRows = 96;  // rows of A worked on with one panel
 
 // The depth that a panel of P is stored with: of BFloat16 in pairs.
@@ -40,12 +45,14 @@ struct TileParams {
   int64_t c_stride;
   Init init;
   const T* bias;  // (kCols), read for Init::kBias only
-  const P* next;  // what to fetch into L2 meanwhile, kFetchPerDepth elements per k; never dereferenced
+  const P* next;  // what to fetch into L2 meanwhile, kFetched elements every second k; never dereferenced
 };
 
-// In elements, that is, half of it where a panel of BFloat16 meets sums of float.
-template <class T>
-constexpr int64_t kFetchPerDepth = 32 / sizeof(T);
+// Some cache lines.
+template <class P>
+constexpr int64_t kLine = 64 / sizeof(P);
+template <class P>
+constexpr int64_t kFetched = (FASTLM_VECTOR_BYTES == 64 ? 2 : 1) * kLine<P>;
 
 // Rows R by the panel's first N vectors, with k dealt to D accumulators per element. kColumns: A lies as
 // [depth][a_row].
@@ -53,68 +60,79 @@ template <class T, class P, int R, int N, int D, bool kColumns>
 FASTLM_NOINLINE void tile_product(const TileParams<T, P>& p) {
   using V = Vec<T>;
   V acc[D][R][N];
-  for (int i = 0; i < D; ++i)
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < N; ++v) acc[i][r][v] = V::zero();
-  for (int r = 0; r < R; ++r) __builtin_prefetch(p.c + r * p.c_stride, 1);
+  unrolled<R, N>([&](auto r, auto v) FASTLM_LAMBDA_INLINE {
+    unrolled<D>([&](auto i) FASTLM_LAMBDA_INLINE { acc[i][r][v] = V::zero(); });
+  });
+  const auto place = [c = p.c, stride = p.c_stride](int r, int v)
+                         FASTLM_LAMBDA_INLINE { return c + r * stride + v * V::kLanes; };
+  unrolled<R>([&](auto r) FASTLM_LAMBDA_INLINE { __builtin_prefetch(place(r, 0), 1); });
 
   const T* rows[R];
-  for (int r = 0; r < R; ++r) rows[r] = kColumns ? p.a + r : p.a + r * p.a_row;
+  unrolled<R>([&](auto r) FASTLM_LAMBDA_INLINE { rows[r] = kColumns ? p.a + r : p.a + r * p.a_row; });
   const P* panel = p.panel;
-  const auto step = [&](int i, int64_t k) FASTLM_LAMBDA_INLINE {
+  const auto step = [&](auto i, auto odd, int64_t k) FASTLM_LAMBDA_INLINE {
     V b[N];
-    for (int v = 0; v < N; ++v)
+    unrolled<N>([&](auto v) FASTLM_LAMBDA_INLINE {
       if constexpr (std::is_same_v<T, P>)
         b[v] = V::load(panel + v * V::kLanes);
-      else if (k % 2)
-        b[v] = widen_pairs<true>(panel + 2 * v * V::kLanes);
       else
-        b[v] = widen_pairs<false>(panel + 2 * v * V::kLanes);
+        b[v] = widen_pairs<odd>(panel + 2 * v * V::kLanes);
+    });
     if (std::is_same_v<T, P>)
       panel += p.panel_stride;
-    else if (k % 2)
+    else if (odd)
       panel += 2 * kCols<T>;
     else if (R > 3)
       __asm__("" : "+r"(panel));  // the pairs are loaded again: kept, they would push sums out of registers
-    for (int r = 0; r < R; ++r) {
+    unrolled<R>([&](auto r) FASTLM_LAMBDA_INLINE {
       const V value = V::broadcast(kColumns ? rows[0][k * p.a_row + r] : rows[r][k]);
-      for (int v = 0; v < N; ++v) acc[i][r][v] = fma(value, b[v], acc[i][r][v]);
-    }
+      unrolled<N>([&](auto v) FASTLM_LAMBDA_INLINE { acc[i][r][v] = fma(value, b[v], acc[i][r][v]); });
+    });
   };
-  int64_t pair = 0;  // so that the compiler knows which k are even
+  const auto two_steps = [&](auto i, int64_t k) FASTLM_LAMBDA_INLINE {
+    step(std::integral_constant<int, 2 * i % D>{}, std::false_type{}, k);
+    step(std::integral_constant<int, (2 * i + 1) % D>{}, std::true_type{}, k + 1);
+  };
+  const int64_t depth = p.depth;
+  int64_t k = 0;
 #pragma GCC unroll 2
-  for (; 2 * (pair + D) <= p.depth; pair += D) {
+  for (; k + 2 * D <= depth; k += 2 * D) {
     // Few rows wait for loads as it is; what they read lies in sequence, which the processor fetches by itself.
-    if (D == 1) __builtin_prefetch(p.next + 2 * pair * kFetchPerDepth<T>, 0, 2);
-    for (int i = 0; i < 2 * D; ++i) step(i % D, 2 * pair + i);
+    if (D == 1)
+      unrolled<kFetched<P> / kLine<P>>(
+          [&](auto i) FASTLM_LAMBDA_INLINE { __builtin_prefetch(p.next + k / 2 * kFetched<P> + i * kLine<P>, 0, 2); });
+    unrolled<D>([&](auto i) FASTLM_LAMBDA_INLINE { two_steps(i, k + 2 * i); });
   }
-  for (int64_t k = 2 * pair; k < p.depth; ++k) step(0, k);
+  for (; k + 2 <= depth; k += 2) two_steps(std::integral_constant<int, 0>{}, k);
+  if (k < depth) step(std::integral_constant<int, 0>{}, std::false_type{}, k);
 
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < N; ++v) {
-      V sum = acc[0][r][v];
-      for (int i = 1; i < D; ++i) sum = sum + acc[i][r][v];
-      T* c = p.c + r * p.c_stride + v * V::kLanes;
-      if (p.init == Init::kAccumulate) sum = sum + V::load(c);
-      if (p.init == Init::kBias) sum = sum + V::load(p.bias + v * V::kLanes);
-      sum.store(c);
-    }
+  auto& sums = acc[0];
+  const auto add = [&](const auto& get) FASTLM_LAMBDA_INLINE {
+    unrolled<R, N>([&](auto r, auto v) FASTLM_LAMBDA_INLINE { sums[r][v] = sums[r][v] + get(r, v); });
+  };
+  unrolled<D - 1>(
+      [&](auto i) FASTLM_LAMBDA_INLINE { add([&](auto r, auto v) FASTLM_LAMBDA_INLINE { return acc[i + 1][r][v]; }); });
+  if (p.init == Init::kAccumulate) add([&](auto r, auto v) FASTLM_LAMBDA_INLINE { return V::load(place(r, v)); });
+  if (p.init == Init::kBias) add([&](auto, auto v) FASTLM_LAMBDA_INLINE { return V::load(p.bias + v * V::kLanes); });
+  unrolled<R, N>([&](auto r, auto v) FASTLM_LAMBDA_INLINE { sums[r][v].store(place(r, v)); });
 }
 
 // Accumulators per element for a problem with `rows` rows of A in all (not per tile: see the note on bits above).
 constexpr int accumulators(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
+// tile_product() for 1, 2, ... rows.
+template <class T, class P, int N, int D, bool kColumns, int... R>
+constexpr std::array<void (*)(const TileParams<T, P>&), sizeof...(R)> tiles(std::integer_sequence<int, R...>) {
+  return {tile_product<T, P, R + 1, N, D, kColumns>...};
+}
+
 template <bool kColumns, class T, class P>
 void run_tile(int rows, int deal, const TileParams<T, P>& p) {
-  using Tile = void (*)(const TileParams<T, P>&);
   constexpr int kN = kTileVecs;
-  static constexpr Tile kSingle[] = {tile_product<T, P, 1, kN, 1, kColumns>, tile_product<T, P, 2, kN, 1, kColumns>,
-                                     tile_product<T, P, 3, kN, 1, kColumns>, tile_product<T, P, 4, kN, 1, kColumns>,
-                                     tile_product<T, P, 5, kN, 1, kColumns>, tile_product<T, P, 6, kN, 1, kColumns>};
-  static constexpr Tile kDouble[] = {tile_product<T, P, 1, kN, 2, kColumns>, tile_product<T, P, 2, kN, 2, kColumns>,
-                                     tile_product<T, P, 3, kN, 2, kColumns>};
+  static constexpr auto kSingle = tiles<T, P, kN, 1, kColumns>(std::make_integer_sequence<int, kTileRows>{});
+  static constexpr auto kDouble = tiles<T, P, kN, 2, kColumns>(std::make_integer_sequence<int, 3>{});
   if (deal == 4) return tile_product<T, P, 1, kN, 4, kColumns>(p);
-  (deal == 2 ? kDouble : kSingle)[rows - 1](p);
+  (deal == 2 ? kDouble[rows - 1] : kSingle[rows - 1])(p);
 }
 
 // Compiled once for an ISA, with the product that is nothing else (gemm_entry.inl), since all families use them; those
@@ -129,10 +147,10 @@ void run_tile(int rows, int deal, const TileParams<T, P>& p) {
 FASTLM_SHARED_TILES(extern);
 #endif
 
-// What tile i of a block of weights fetches: its share of `next`, the first two tiles together all of it.
+// What tile i of a block of weights fetches: its share of `next`, as deep; the first tiles together all of it.
 template <class T, class P>
-const P* fetch_ahead(const P* weights, const P* next, int64_t i) {
-  return i < 2 ? next + i * kFetchPerDepth<T> : weights;
+const P* fetch_ahead(const P* weights, const P* next, int64_t depth, int64_t i) {
+  return i * kFetched<P> < 2 * kCols<T> ? next + i * (depth / 2) * kFetched<P> : weights;
 }
 
 // C (rows, kCols) = init + A (rows, depth) * panel, with rows of A contiguous in k. `deal` = accumulators(all rows);
@@ -148,10 +166,10 @@ void panel_product(const T* a, int64_t a_stride, int64_t rows, const P* panel, i
     const P* behind = k + block < depth ? weights + block * panel_stride : next;
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
-      run_tile<false>(
-          static_cast<int>(end - begin), deal,
-          TileParams<T, P>{a + begin * a_stride + k, a_stride, weights, panel_stride, block, c + begin * c_stride,
-                           c_stride, k == 0 ? init : Init::kAccumulate, bias, fetch_ahead<T>(weights, behind, i)});
+      run_tile<false>(static_cast<int>(end - begin), deal,
+                      TileParams<T, P>{a + begin * a_stride + k, a_stride, weights, panel_stride, block,
+                                       c + begin * c_stride, c_stride, k == 0 ? init : Init::kAccumulate, bias,
+                                       fetch_ahead<T>(weights, behind, block, i)});
     }
   }
 }

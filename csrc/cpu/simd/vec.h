@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "core/dtype.h"
 
@@ -22,6 +23,21 @@ namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 #define FASTLM_INLINE inline __attribute__((always_inline))
 #define FASTLM_NOINLINE __attribute__((noinline))  // what would be compiled again at every call
 #define FASTLM_LAMBDA_INLINE __attribute__((always_inline))
+
+// body(i) for i = 0, ..., N - 1, or body(i, j) for M times N of them, each a constant: arrays of vectors stay in
+// registers where every index is one, while of a loop that the compiler unrolls late it keeps a copy in memory.
+template <class Body, int... I>
+FASTLM_INLINE void unrolled_over(std::integer_sequence<int, I...>, const Body& body) {
+  (body(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class Body>
+FASTLM_INLINE void unrolled(const Body& body) {
+  unrolled_over(std::make_integer_sequence<int, N>{}, body);
+}
+template <int M, int N, class Body>
+FASTLM_INLINE void unrolled(const Body& body) {
+  unrolled<M>([&](auto i) FASTLM_LAMBDA_INLINE { unrolled<N>([&](auto j) FASTLM_LAMBDA_INLINE { body(i, j); }); });
+}
 
 template <class T>
 struct IntOf;
@@ -220,7 +236,7 @@ struct Pack {
   template <class F>
   static FASTLM_INLINE Pack each(const F& f) {
     Pack result;
-    for (int i = 0; i < N; ++i) result.parts[i] = f(i);
+    unrolled<N>([&](auto i) FASTLM_LAMBDA_INLINE { result.parts[i] = f(i); });
     return result;
   }
   static FASTLM_INLINE Pack load(const T* p) {
@@ -230,7 +246,7 @@ struct Pack {
     return each([&](int) FASTLM_LAMBDA_INLINE { return V::broadcast(value); });
   }
   FASTLM_INLINE void store(T* p) const {
-    for (int i = 0; i < N; ++i) parts[i].store(p + i * V::kLanes);
+    unrolled<N>([&](auto i) FASTLM_LAMBDA_INLINE { parts[i].store(p + i * V::kLanes); });
   }
   // A pack is always whole: whoever has fewer than n = kLanes values takes vectors.
   static FASTLM_INLINE Pack load_partial(const T* p, int64_t) { return load(p); }
@@ -274,33 +290,53 @@ FASTLM_INLINE V clamp(const V& x, typename V::Scalar low, typename V::Scalar hig
   return at_most(V::broadcast(high), at_least(V::broadcast(low), x));
 }
 
-// The lanes of x added up 16 bytes over 16 bytes.
+// The lanes of x brought together by `op`, 16 bytes over 16 bytes.
 template <class T>
 struct Quad {
   typedef T type __attribute__((vector_size(16)));
 };
-template <class T>
-FASTLM_INLINE typename Quad<T>::type fold(Vec<T> x) {
+template <class T, class Op>
+FASTLM_INLINE typename Quad<T>::type fold(Vec<T> x, const Op& op) {
   constexpr int kQuads = FASTLM_VECTOR_BYTES / 16;
   typename Quad<T>::type quads[kQuads];
   memcpy(quads, &x, sizeof(x));
-  for (int width = kQuads / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) quads[i] += quads[i + width];
+  if constexpr (kQuads == 4) unrolled<2>([&](auto i) FASTLM_LAMBDA_INLINE { quads[i] = op(quads[i], quads[i + 2]); });
+  if constexpr (kQuads >= 2) quads[0] = op(quads[0], quads[1]);
   return quads[0];
+}
+template <class T>
+FASTLM_INLINE typename Quad<T>::type fold(Vec<T> x) {
+  return fold(x, [](const auto& a, const auto& b) FASTLM_LAMBDA_INLINE { return a + b; });
+}
+
+// Of all lanes.
+template <class T>
+FASTLM_INLINE T total(Vec<T> x) {
+  const auto quad = fold(x);
+  T sum = quad[0];
+  for (size_t i = 1; i < 16 / sizeof(T); ++i) sum += quad[i];
+  return sum;
+}
+template <class T>
+FASTLM_INLINE T largest(Vec<T> x) {
+  const auto quad = fold(x, [](const auto& a, const auto& b) FASTLM_LAMBDA_INLINE { return a < b ? b : a; });
+  T most = quad[0];
+  for (size_t i = 1; i < 16 / sizeof(T); ++i) most = most < quad[i] ? quad[i] : most;
+  return most;
 }
 
 // to[i] = sum of all lanes of x[i], for four vectors at once.
-FASTLM_INLINE void horizontal_sums(const Vec<float>* x, float* to) {
-  const auto a = fold(x[0]), b = fold(x[1]), c = fold(x[2]), d = fold(x[3]);
+FASTLM_INLINE void horizontal_sums(Vec<float> x0, Vec<float> x1, Vec<float> x2, Vec<float> x3, float* to) {
+  const auto a = fold(x0), b = fold(x1), c = fold(x2), d = fold(x3);
   const auto ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
   const auto cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
   const auto sums = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
   memcpy(to, &sums, sizeof(sums));
 }
-FASTLM_INLINE void horizontal_sums(const Vec<double>* x, double* to) {
-  for (int i = 0; i < 4; ++i) {
-    const auto pair = fold(x[i]);
-    to[i] = pair[0] + pair[1];
+FASTLM_INLINE void horizontal_sums(Vec<double> x0, Vec<double> x1, Vec<double> x2, Vec<double> x3, double* to) {
+  for (const Vec<double>& x : {x0, x1, x2, x3}) {
+    const auto pair = fold(x);
+    *to++ = pair[0] + pair[1];
   }
 }
 
