@@ -125,7 +125,7 @@ class ScreenedArgmax final : public Argmax<T> {
     const T* row = p_.weight + word * p_.dim;
     V sums[kChains] = {V::zero(), V::zero(), V::zero(), V::zero()};
     for (int64_t i = 0; i < p_.dim; i += kChains * V::kLanes)
-      unrolled<kChains>([&](auto j) FASTLM_LAMBDA_INLINE {
+      unrolled<kChains>([&](int j) FASTLM_LAMBDA_INLINE {
         const int64_t at = i + j * V::kLanes, left = p_.dim - at;
         if (left > 0) sums[j] = fma(V::load_partial(row + at, left), V::load_partial(hidden + at, left), sums[j]);
       });

@@ -14,15 +14,14 @@ void add_weighted_rows(const Compute<S>* a, int64_t a_stride, const S* b, int64_
   static_assert(kWhole || N == 1);
   V acc[R][N];
   const auto place = [&](int r, int v) FASTLM_LAMBDA_INLINE { return c + r * c_stride + v * V::kLanes; };
-  unrolled<R, N>([&](auto r, auto v) FASTLM_LAMBDA_INLINE { acc[r][v] = V::load(place(r, v)); });
+  unrolled<R, N>([&](int r, int v) FASTLM_LAMBDA_INLINE { acc[r][v] = V::load(place(r, v)); });
   for (int64_t k = 0; k < depth; ++k, b += b_stride) {
     V row[N];
-    unrolled<N>([&](auto v)
-                    FASTLM_LAMBDA_INLINE { row[v] = load_as<V>(b + v * V::kLanes, kWhole ? V::kLanes : cols); });
-    unrolled<R, N>([&](auto r, auto v)
-                       FASTLM_LAMBDA_INLINE { acc[r][v] = fma(V::broadcast(a[r * a_stride + k]), row[v], acc[r][v]); });
+    for (int v = 0; v < N; ++v) row[v] = load_as<V>(b + v * V::kLanes, kWhole ? V::kLanes : cols);
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < N; ++v) acc[r][v] = fma(V::broadcast(a[r * a_stride + k]), row[v], acc[r][v]);
   }
-  unrolled<R, N>([&](auto r, auto v) FASTLM_LAMBDA_INLINE { acc[r][v].store(place(r, v)); });
+  unrolled<R, N>([&](int r, int v) FASTLM_LAMBDA_INLINE { acc[r][v].store(place(r, v)); });
 }
 
 template <class S>

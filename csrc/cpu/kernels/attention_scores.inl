@@ -205,7 +205,7 @@ struct Softmax {
       const W e = exponential<W>(s + at, scale, shift, plain);
       e.store(s + at);
       if constexpr (W::kParts > 1)
-        unrolled<W::kParts>([&](auto j) FASTLM_LAMBDA_INLINE { sums[j % 2] = sums[j % 2] + e.parts[j]; });
+        unrolled<W::kParts>([&](int j) FASTLM_LAMBDA_INLINE { sums[j % 2] = sums[j % 2] + e.parts[j]; });
       else
         sums[0] = sums[0] + e;
     });
@@ -221,10 +221,10 @@ struct Softmax {
   static T top(const T* s, int64_t begin, int64_t end) {
     using V = Vec<T>;
     V tops[4];
-    unrolled<4>([&](auto j) FASTLM_LAMBDA_INLINE { tops[j] = V::broadcast(-std::numeric_limits<T>::infinity()); });
+    unrolled<4>([&](int j) FASTLM_LAMBDA_INLINE { tops[j] = V::broadcast(-std::numeric_limits<T>::infinity()); });
     int64_t i = begin;
     for (; i + 4 * V::kLanes <= end; i += 4 * V::kLanes)
-      unrolled<4>([&](auto j) FASTLM_LAMBDA_INLINE { tops[j] = at_least(tops[j], V::load(s + i + j * V::kLanes)); });
+      unrolled<4>([&](int j) FASTLM_LAMBDA_INLINE { tops[j] = at_least(tops[j], V::load(s + i + j * V::kLanes)); });
     for (; i < end; i += V::kLanes) tops[0] = at_least(tops[0], V::load(s + i));
     return largest(at_least(at_least(tops[0], tops[1]), at_least(tops[2], tops[3])));
   }

@@ -37,15 +37,15 @@ FASTLM_NOINLINE void dot_tile(const DotParams<S, A>& p) {
   using V = Vec<T>;
   constexpr int kQuads = (R * W + 3) / 4;
   V acc[4 * kQuads];
-  unrolled<4 * kQuads>([&](auto i) FASTLM_LAMBDA_INLINE { acc[i] = V::zero(); });
+  unrolled<4 * kQuads>([&](int i) FASTLM_LAMBDA_INLINE { acc[i] = V::zero(); });
   const S* w[W];  // a missing column repeats the last one; its sum is not stored
-  unrolled<W>([&](auto j) FASTLM_LAMBDA_INLINE { w[j] = p.w + std::min<int64_t>(j, p.count - 1) * p.w_stride; });
+  unrolled<W>([&](int j) FASTLM_LAMBDA_INLINE { w[j] = p.w + std::min<int64_t>(j, p.count - 1) * p.w_stride; });
   const auto step = [&](int64_t k, int64_t n) FASTLM_LAMBDA_INLINE {
     V a[R];
-    unrolled<R>([&](auto r) FASTLM_LAMBDA_INLINE { a[r] = load_as<V>(p.a + r * p.a_stride + k, n); });
-    unrolled<W>([&](auto j) FASTLM_LAMBDA_INLINE {
+    unrolled<R>([&](int r) FASTLM_LAMBDA_INLINE { a[r] = load_as<V>(p.a + r * p.a_stride + k, n); });
+    unrolled<W>([&](int j) FASTLM_LAMBDA_INLINE {
       const V weight = load_as<V>(w[j] + k, n);
-      unrolled<R>([&](auto r) FASTLM_LAMBDA_INLINE { acc[r * W + j] = fma(a[r], weight, acc[r * W + j]); });
+      unrolled<R>([&](int r) FASTLM_LAMBDA_INLINE { acc[r * W + j] = fma(a[r], weight, acc[r * W + j]); });
     });
   };
   int64_t k = 0;
@@ -53,7 +53,7 @@ FASTLM_NOINLINE void dot_tile(const DotParams<S, A>& p) {
   if (k < p.depth) step(k, p.depth - k);
 
   T sums[4 * kQuads];
-  unrolled<kQuads>([&](auto i) FASTLM_LAMBDA_INLINE {
+  unrolled<kQuads>([&](int i) FASTLM_LAMBDA_INLINE {
     horizontal_sums(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3], sums + 4 * i);
   });
   for (int r = 0; r < R; ++r) {
@@ -63,33 +63,29 @@ FASTLM_NOINLINE void dot_tile(const DotParams<S, A>& p) {
   }
 }
 
-// dot_tile() for 1, 2, ... rows, with as many rows of W as it has for kMore rows more.
-template <class S, class A, int kMore, int... R>
+// dot_tile() for 1, 2, ... rows, with as many rows of W as so many or, of the last of several tiles, as kRows allow.
+template <class S, class A, int kRows, int... R>
 constexpr std::array<void (*)(const DotParams<S, A>&), sizeof...(R)> dot_tiles(std::integer_sequence<int, R...>) {
-  return {dot_tile<S, A, R + 1, dot_weights(R + 1 + kMore)>...};
+  return {dot_tile<S, A, R + 1, dot_weights(std::max(R + 1, kRows))>...};
 }
 
 // C (rows, count) = init + A (rows, depth) W (count, depth)^T. Long sums are cut, for accuracy.
 template <class S, class A = Compute<S>>
 void dot_product(DotParams<S, A> p, int64_t rows) {
-  static constexpr auto kTiles = dot_tiles<S, A, 0>(std::make_integer_sequence<int, kDotRows>{});
-  static constexpr auto kSmaller = dot_tiles<S, A, 1>(std::make_integer_sequence<int, kDotRows - 1>{});
-  if (rows == 0) return;
-  const int64_t tiles = (rows + kDotRows - 1) / kDotRows, most = (rows + tiles - 1) / tiles;
-  const int64_t width = dot_weights(static_cast<int>(most)), depth = p.depth, block = kDeep<Compute<S>>;
+  using UpToAll = std::make_integer_sequence<int, kDotRows>;
+  static constexpr auto kAlone = dot_tiles<S, A, 1>(UpToAll{}), kOfSeveral = dot_tiles<S, A, kDotRows>(UpToAll{});
+  const auto& tiles = rows <= kDotRows ? kAlone : kOfSeveral;
+  const int64_t width = dot_weights(static_cast<int>(std::clamp<int64_t>(rows, 1, kDotRows)));
+  const int64_t depth = p.depth, block = kDeep<Compute<S>>;
   for (; p.count > 0; p.count -= width, p.w += width * p.w_stride, p.c += width) {
     DotParams<S, A> tile = p;
     if (p.bias) p.bias += width;
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
-      const auto product = end - begin == most ? kTiles[most - 1] : kSmaller[most - 2];
-      tile.c = p.c + begin * p.c_stride;
+    for (int64_t r = 0; r < rows; r += kDotRows, tile.c += kDotRows * p.c_stride)
       for (int64_t k = 0; k < depth || k == 0; k += block) {
-        tile.a = p.a + begin * p.a_stride + k, tile.w = p.w + k, tile.depth = std::min(block, depth - k);
+        tile.a = p.a + r * p.a_stride + k, tile.w = p.w + k, tile.depth = std::min(block, depth - k);
         tile.init = k == 0 ? p.init : Init::kAccumulate;
-        product(tile);
+        tiles[std::min<int64_t>(rows - r, kDotRows) - 1](tile);
       }
-    }
   }
 }
 

@@ -165,19 +165,19 @@ FASTLM_NOINLINE void pairs_tile(const PanelProduct<BFloat16>& p, int64_t pairs, 
   using V = Vec<float>;
   V sums[R][N];
   const auto place = [&](int r, int v) FASTLM_LAMBDA_INLINE { return p.c + r * p.c_stride + v * V::kLanes; };
-  unrolled<R, N>([&](auto r, auto v)
+  unrolled<R, N>([&](int r, int v)
                      FASTLM_LAMBDA_INLINE { sums[r][v] = accumulate ? V::load(place(r, v)) : V::zero(); });
   const BFloat16* panel = p.b;
   for (int64_t k = 0; k < pairs; ++k, panel += p.b_stride) {
     FloatBits b[N];
-    unrolled<N>([&](auto v) FASTLM_LAMBDA_INLINE { memcpy(&b[v], panel + 2 * v * V::kLanes, sizeof(b[v])); });
-    unrolled<R>([&](auto r) FASTLM_LAMBDA_INLINE {
+    for (int v = 0; v < N; ++v) memcpy(&b[v], panel + 2 * v * V::kLanes, sizeof(b[v]));
+    for (int r = 0; r < R; ++r) {
       uint32_t pair;
       memcpy(&pair, kColumns ? p.a + k * p.a_stride + 2 * r : p.a + r * p.a_stride + 2 * k, sizeof(pair));
-      unrolled<N>([&](auto v) FASTLM_LAMBDA_INLINE { sums[r][v] = add_pairs(sums[r][v], FloatBits{} + pair, b[v]); });
-    });
+      for (int v = 0; v < N; ++v) sums[r][v] = add_pairs(sums[r][v], FloatBits{} + pair, b[v]);
+    }
   }
-  unrolled<R, N>([&](auto r, auto v) FASTLM_LAMBDA_INLINE { sums[r][v].store(place(r, v)); });
+  unrolled<R, N>([&](int r, int v) FASTLM_LAMBDA_INLINE { sums[r][v].store(place(r, v)); });
 }
 
 #ifdef FASTLM_BFLOAT16_TILES

@@ -60,61 +60,55 @@ template <class T, class P, int R, int N, int D, bool kColumns>
 FASTLM_NOINLINE void tile_product(const TileParams<T, P>& p) {
   using V = Vec<T>;
   V acc[D][R][N];
-  unrolled<R, N>([&](auto r, auto v) FASTLM_LAMBDA_INLINE {
-    unrolled<D>([&](auto i) FASTLM_LAMBDA_INLINE { acc[i][r][v] = V::zero(); });
+  unrolled<R, N>([&](int r, int v) FASTLM_LAMBDA_INLINE {
+    unrolled<D>([&](int i) FASTLM_LAMBDA_INLINE { acc[i][r][v] = V::zero(); });
   });
   const auto place = [c = p.c, stride = p.c_stride](int r, int v)
                          FASTLM_LAMBDA_INLINE { return c + r * stride + v * V::kLanes; };
-  unrolled<R>([&](auto r) FASTLM_LAMBDA_INLINE { __builtin_prefetch(place(r, 0), 1); });
+  unrolled<R>([&](int r) FASTLM_LAMBDA_INLINE { __builtin_prefetch(place(r, 0), 1); });
 
   const T* rows[R];
-  unrolled<R>([&](auto r) FASTLM_LAMBDA_INLINE { rows[r] = kColumns ? p.a + r : p.a + r * p.a_row; });
+  unrolled<R>([&](int r) FASTLM_LAMBDA_INLINE { rows[r] = kColumns ? p.a + r : p.a + r * p.a_row; });
   const P* panel = p.panel;
-  const auto step = [&](auto i, auto odd, int64_t k) FASTLM_LAMBDA_INLINE {
+  const auto step = [&](int i, int64_t k) FASTLM_LAMBDA_INLINE {
     V b[N];
-    unrolled<N>([&](auto v) FASTLM_LAMBDA_INLINE {
+    for (int v = 0; v < N; ++v)
       if constexpr (std::is_same_v<T, P>)
         b[v] = V::load(panel + v * V::kLanes);
+      else if (k % 2)
+        b[v] = widen_pairs<true>(panel + 2 * v * V::kLanes);
       else
-        b[v] = widen_pairs<odd>(panel + 2 * v * V::kLanes);
-    });
+        b[v] = widen_pairs<false>(panel + 2 * v * V::kLanes);
     if (std::is_same_v<T, P>)
       panel += p.panel_stride;
-    else if (odd)
+    else if (k % 2)
       panel += 2 * kCols<T>;
     else if (R > 3)
       __asm__("" : "+r"(panel));  // the pairs are loaded again: kept, they would push sums out of registers
-    unrolled<R>([&](auto r) FASTLM_LAMBDA_INLINE {
+    for (int r = 0; r < R; ++r) {
       const V value = V::broadcast(kColumns ? rows[0][k * p.a_row + r] : rows[r][k]);
-      unrolled<N>([&](auto v) FASTLM_LAMBDA_INLINE { acc[i][r][v] = fma(value, b[v], acc[i][r][v]); });
-    });
+      for (int v = 0; v < N; ++v) acc[i][r][v] = fma(value, b[v], acc[i][r][v]);
+    }
   };
-  const auto two_steps = [&](auto i, int64_t k) FASTLM_LAMBDA_INLINE {
-    step(std::integral_constant<int, 2 * i % D>{}, std::false_type{}, k);
-    step(std::integral_constant<int, (2 * i + 1) % D>{}, std::true_type{}, k + 1);
-  };
-  const int64_t depth = p.depth;
-  int64_t k = 0;
+  int64_t pair = 0;  // so that the compiler knows which k are even
 #pragma GCC unroll 2
-  for (; k + 2 * D <= depth; k += 2 * D) {
+  for (; 2 * (pair + D) <= p.depth; pair += D) {
     // Few rows wait for loads as it is; what they read lies in sequence, which the processor fetches by itself.
     if (D == 1)
-      unrolled<kFetched<P> / kLine<P>>(
-          [&](auto i) FASTLM_LAMBDA_INLINE { __builtin_prefetch(p.next + k / 2 * kFetched<P> + i * kLine<P>, 0, 2); });
-    unrolled<D>([&](auto i) FASTLM_LAMBDA_INLINE { two_steps(i, k + 2 * i); });
+      for (int64_t i = 0; i < kFetched<P>; i += kLine<P>) __builtin_prefetch(p.next + pair * kFetched<P> + i, 0, 2);
+    for (int i = 0; i < 2 * D; ++i) step(i % D, 2 * pair + i);
   }
-  for (; k + 2 <= depth; k += 2) two_steps(std::integral_constant<int, 0>{}, k);
-  if (k < depth) step(std::integral_constant<int, 0>{}, std::false_type{}, k);
+  for (int64_t k = 2 * pair; k < p.depth; ++k) step(0, k);
 
   auto& sums = acc[0];
   const auto add = [&](const auto& get) FASTLM_LAMBDA_INLINE {
-    unrolled<R, N>([&](auto r, auto v) FASTLM_LAMBDA_INLINE { sums[r][v] = sums[r][v] + get(r, v); });
+    unrolled<R, N>([&](int r, int v) FASTLM_LAMBDA_INLINE { sums[r][v] = sums[r][v] + get(r, v); });
   };
   unrolled<D - 1>(
-      [&](auto i) FASTLM_LAMBDA_INLINE { add([&](auto r, auto v) FASTLM_LAMBDA_INLINE { return acc[i + 1][r][v]; }); });
-  if (p.init == Init::kAccumulate) add([&](auto r, auto v) FASTLM_LAMBDA_INLINE { return V::load(place(r, v)); });
-  if (p.init == Init::kBias) add([&](auto, auto v) FASTLM_LAMBDA_INLINE { return V::load(p.bias + v * V::kLanes); });
-  unrolled<R, N>([&](auto r, auto v) FASTLM_LAMBDA_INLINE { sums[r][v].store(place(r, v)); });
+      [&](int i) FASTLM_LAMBDA_INLINE { add([&](int r, int v) FASTLM_LAMBDA_INLINE { return acc[i + 1][r][v]; }); });
+  if (p.init == Init::kAccumulate) add([&](int r, int v) FASTLM_LAMBDA_INLINE { return V::load(place(r, v)); });
+  if (p.init == Init::kBias) add([&](int, int v) FASTLM_LAMBDA_INLINE { return V::load(p.bias + v * V::kLanes); });
+  unrolled<R, N>([&](int r, int v) FASTLM_LAMBDA_INLINE { sums[r][v].store(place(r, v)); });
 }
 
 // Accumulators per element for a problem with `rows` rows of A in all (not per tile: see the note on bits above).

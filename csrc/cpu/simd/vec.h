@@ -24,11 +24,12 @@ namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 #define FASTLM_NOINLINE __attribute__((noinline))  // what would be compiled again at every call
 #define FASTLM_LAMBDA_INLINE __attribute__((always_inline))
 
-// body(i) for i = 0, ..., N - 1, or body(i, j) for M times N of them, each a constant: arrays of vectors stay in
-// registers where every index is one, while of a loop that the compiler unrolls late it keeps a copy in memory.
+// body(i) for i = 0, ..., N - 1, or body(i, j) for M times N of them, written out. An array of vectors stays in
+// registers where every index is a constant early on; of a loop that is in no other loop, the compiler unrolls late and
+// keeps a copy in memory.
 template <class Body, int... I>
 FASTLM_INLINE void unrolled_over(std::integer_sequence<int, I...>, const Body& body) {
-  (body(std::integral_constant<int, I>{}), ...);
+  (body(I), ...);
 }
 template <int N, class Body>
 FASTLM_INLINE void unrolled(const Body& body) {
@@ -36,7 +37,7 @@ FASTLM_INLINE void unrolled(const Body& body) {
 }
 template <int M, int N, class Body>
 FASTLM_INLINE void unrolled(const Body& body) {
-  unrolled<M>([&](auto i) FASTLM_LAMBDA_INLINE { unrolled<N>([&](auto j) FASTLM_LAMBDA_INLINE { body(i, j); }); });
+  unrolled<M * N>([&](int i) FASTLM_LAMBDA_INLINE { body(i / N, i % N); });
 }
 
 template <class T>
@@ -236,7 +237,7 @@ struct Pack {
   template <class F>
   static FASTLM_INLINE Pack each(const F& f) {
     Pack result;
-    unrolled<N>([&](auto i) FASTLM_LAMBDA_INLINE { result.parts[i] = f(i); });
+    unrolled<N>([&](int i) FASTLM_LAMBDA_INLINE { result.parts[i] = f(i); });
     return result;
   }
   static FASTLM_INLINE Pack load(const T* p) {
@@ -246,7 +247,7 @@ struct Pack {
     return each([&](int) FASTLM_LAMBDA_INLINE { return V::broadcast(value); });
   }
   FASTLM_INLINE void store(T* p) const {
-    unrolled<N>([&](auto i) FASTLM_LAMBDA_INLINE { parts[i].store(p + i * V::kLanes); });
+    unrolled<N>([&](int i) FASTLM_LAMBDA_INLINE { parts[i].store(p + i * V::kLanes); });
   }
   // A pack is always whole: whoever has fewer than n = kLanes values takes vectors.
   static FASTLM_INLINE Pack load_partial(const T* p, int64_t) { return load(p); }
@@ -300,7 +301,7 @@ FASTLM_INLINE typename Quad<T>::type fold(Vec<T> x, const Op& op) {
   constexpr int kQuads = FASTLM_VECTOR_BYTES / 16;
   typename Quad<T>::type quads[kQuads];
   memcpy(quads, &x, sizeof(x));
-  if constexpr (kQuads == 4) unrolled<2>([&](auto i) FASTLM_LAMBDA_INLINE { quads[i] = op(quads[i], quads[i + 2]); });
+  if constexpr (kQuads == 4) unrolled<2>([&](int i) FASTLM_LAMBDA_INLINE { quads[i] = op(quads[i], quads[i + 2]); });
   if constexpr (kQuads >= 2) quads[0] = op(quads[0], quads[1]);
   return quads[0];
 }
