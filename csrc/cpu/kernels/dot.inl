@@ -4,8 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
-#include <utility>
 
 #include "cpu/kernels/tile.h"
 
@@ -63,17 +61,11 @@ FASTLM_NOINLINE void dot_tile(const DotParams<S, A>& p) {
   }
 }
 
-// dot_tile() for 1, 2, ... rows, with as many rows of W as so many or, of the last of several tiles, as kRows allow.
-template <class S, class A, int kRows, int... R>
-constexpr std::array<void (*)(const DotParams<S, A>&), sizeof...(R)> dot_tiles(std::integer_sequence<int, R...>) {
-  return {dot_tile<S, A, R + 1, dot_weights(std::max(R + 1, kRows))>...};
-}
-
 // C (rows, count) = init + A (rows, depth) W (count, depth)^T. Long sums are cut, for accuracy.
 template <class S, class A = Compute<S>>
 void dot_product(DotParams<S, A> p, int64_t rows) {
-  using UpToAll = std::make_integer_sequence<int, kDotRows>;
-  static constexpr auto kAlone = dot_tiles<S, A, 1>(UpToAll{}), kOfSeveral = dot_tiles<S, A, kDotRows>(UpToAll{});
+  static constexpr auto kAlone = table<kDotRows>([](auto r) { return &dot_tile<S, A, r, dot_weights(r)>; });
+  static constexpr auto kOfSeveral = table<kDotRows>([](auto r) { return &dot_tile<S, A, r, dot_weights(kDotRows)>; });
   const auto& tiles = rows <= kDotRows ? kAlone : kOfSeveral;
   const int64_t width = dot_weights(static_cast<int>(std::clamp<int64_t>(rows, 1, kDotRows)));
   const int64_t depth = p.depth, block = kDeep<Compute<S>>;

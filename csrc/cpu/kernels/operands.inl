@@ -117,14 +117,11 @@ void pack_keys(const S* first, int64_t stride, int64_t begin, int64_t end, int64
     pack_transposed(first + n * stride, stride, dim, std::min(cols, end - n), panels + n * panel_depth<E>(dim));
 }
 
-template <bool kColumns, class T, int... N>
-constexpr auto narrow_tiles(std::integer_sequence<int, N...>) {
-  return std::array{tiles<T, T, N + 1, 1, kColumns>(std::make_integer_sequence<int, kTileRows>{})...};
-}
-
 template <bool kColumns, class T>
 void run_narrow_tile(int rows, int64_t vectors, const TileParams<T>& p) {
-  static constexpr auto kTiles = narrow_tiles<kColumns, T>(std::make_integer_sequence<int, kTileVecs>{});
+  static constexpr auto kTiles = table<kTileVecs>([](auto n) {
+    return table<kTileRows>([](auto r) { return &tile_product<T, T, r, decltype(n)::value, 1, kColumns>; });
+  });
   kTiles[vectors - 1][rows - 1](p);
 }
 
@@ -214,19 +211,10 @@ void multiply(int64_t rows, int64_t depth, int64_t cols, const PanelProduct<BFlo
   }
 }
 #else
-template <bool kColumns, int N, int... R>
-constexpr std::array<void (*)(const PanelProduct<BFloat16>&, int64_t, bool), sizeof...(R)> pairs_tiles(
-    std::integer_sequence<int, R...>) {
-  return {pairs_tile<R + 1, N, kColumns>...};
-}
-template <bool kColumns, int... N>
-constexpr auto all_pairs_tiles(std::integer_sequence<int, N...>) {
-  return std::array{pairs_tiles<kColumns, N + 1>(std::make_integer_sequence<int, kTileRows>{})...};
-}
-
 template <bool kColumns>
 void multiply(int64_t rows, int64_t depth, int64_t cols, const PanelProduct<BFloat16>& p, bool accumulate) {
-  static constexpr auto kTiles = all_pairs_tiles<kColumns>(std::make_integer_sequence<int, kTileVecs>{});
+  static constexpr auto kTiles = table<kTileVecs>(
+      [](auto n) { return table<kTileRows>([](auto r) { return &pairs_tile<r, decltype(n)::value, kColumns>; }); });
   for (int64_t col = 0; col < cols; col += kCols<float>) {
     const int64_t vectors = (std::min(kCols<float>, cols - col) + Vec<float>::kLanes - 1) / Vec<float>::kLanes;
     PanelProduct<BFloat16> tile = p;

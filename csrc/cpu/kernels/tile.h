@@ -48,7 +48,7 @@ struct TileParams {
   const P* next;  // what to fetch into L2 meanwhile, kFetched elements every second k; never dereferenced
 };
 
-// Some cache lines.
+// A cache line, and some.
 template <class P>
 constexpr int64_t kLine = 64 / sizeof(P);
 template <class P>
@@ -114,17 +114,21 @@ FASTLM_NOINLINE void tile_product(const TileParams<T, P>& p) {
 // Accumulators per element for a problem with `rows` rows of A in all (not per tile: see the note on bits above).
 constexpr int accumulators(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
-// tile_product() for 1, 2, ... rows.
-template <class T, class P, int N, int D, bool kColumns, int... R>
-constexpr std::array<void (*)(const TileParams<T, P>&), sizeof...(R)> tiles(std::integer_sequence<int, R...>) {
-  return {tile_product<T, P, R + 1, N, D, kColumns>...};
+// entry(n) for n = 1, ..., N, each a constant: functions to be chosen by a number.
+template <class Entry, int... I>
+constexpr auto table_over(std::integer_sequence<int, I...>, const Entry& entry) {
+  return std::array{entry(std::integral_constant<int, I + 1>{})...};
+}
+template <int N, class Entry>
+constexpr auto table(const Entry& entry) {
+  return table_over(std::make_integer_sequence<int, N>{}, entry);
 }
 
 template <bool kColumns, class T, class P>
 void run_tile(int rows, int deal, const TileParams<T, P>& p) {
   constexpr int kN = kTileVecs;
-  static constexpr auto kSingle = tiles<T, P, kN, 1, kColumns>(std::make_integer_sequence<int, kTileRows>{});
-  static constexpr auto kDouble = tiles<T, P, kN, 2, kColumns>(std::make_integer_sequence<int, 3>{});
+  static constexpr auto kSingle = table<kTileRows>([](auto r) { return &tile_product<T, P, r, kN, 1, kColumns>; });
+  static constexpr auto kDouble = table<3>([](auto r) { return &tile_product<T, P, r, kN, 2, kColumns>; });
   if (deal == 4) return tile_product<T, P, 1, kN, 4, kColumns>(p);
   (deal == 2 ? kDouble[rows - 1] : kSingle[rows - 1])(p);
 }
