@@ -7,15 +7,18 @@
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
 // C (R, N vectors) += A (R, depth) B, B's rows read in place; kWhole: all N vectors, else one of `cols` lanes.
+// Meanwhile as much memory is called for from `next` on, `step` further at every row.
 template <class S, int R, int N, bool kWhole>
 void add_weighted_rows(const Compute<S>* a, int64_t a_stride, const S* b, int64_t b_stride, int64_t depth, int64_t cols,
-                       Compute<S>* c, int64_t c_stride) {
+                       Compute<S>* c, int64_t c_stride, const S* next, int64_t step) {
   using V = Vec<Compute<S>>;
   static_assert(kWhole || N == 1);
+  constexpr int kLines = std::max<int>(1, N * V::kLanes * sizeof(S) / 64);
   V acc[R][N];
   const auto place = [&](int r, int v) FASTLM_LAMBDA_INLINE { return c + r * c_stride + v * V::kLanes; };
   unrolled<R, N>([&](int r, int v) FASTLM_LAMBDA_INLINE { acc[r][v] = V::load(place(r, v)); });
-  for (int64_t k = 0; k < depth; ++k, b += b_stride) {
+  for (int64_t k = 0; k < depth; ++k, b += b_stride, next += step) {
+    unrolled<kLines>([&](int i) FASTLM_LAMBDA_INLINE { __builtin_prefetch(next + i * (64 / sizeof(S)), 0, 2); });
     V row[N];
     for (int v = 0; v < N; ++v) row[v] = load_as<V>(b + v * V::kLanes, kWhole ? V::kLanes : cols);
     for (int r = 0; r < R; ++r)
@@ -29,7 +32,7 @@ class AttentionDecode {
  public:
   using T = Compute<S>;
   using V = Vec<T>;
-  static constexpr int64_t kBlockKeys = 64, kTogether = 8;
+  static constexpr int64_t kBlockKeys = 64;
 
   struct Buffers {
     T *queries, *scores;  // of one member
@@ -101,22 +104,11 @@ class AttentionDecode {
     const int64_t n = keys.end - keys.begin, row = sequence_.k_begin + keys.begin;
     const S* k = p_.k.row(item_.b, item_.kv_head, row);
     const S* v = p_.v.row(item_.b, item_.kv_head, row);
-    // Memory is what this waits for: keys and values of the next block are called for meanwhile, in between.
-    const S* next = v + kBlockKeys * p_.v.time;
-    for (int64_t i = 0; i < n; i += kTogether) {
-      const int64_t count = std::min(kTogether, n - i);
-      fetch(k + (i + kBlockKeys) * p_.k.time, p_.k.time, count, p_.dim);
-      dot_product<S>({queries_, q_stride_, k + i * p_.k.time, p_.k.time, count, p_.dim, scores_ + i, s_stride_,
-                      Init::kZero, nullptr},
-                     rows);
-    }
+    // Memory is what this waits for: keys and values of the next block are called for meanwhile, line by line.
+    dot_product<S>({queries_, q_stride_, k, p_.k.time, n, p_.dim, scores_, s_stride_, Init::kZero, nullptr, kBlockKeys},
+                   rows);
     for (int64_t r = 0; r < rows; ++r) weigh(r, keys);
-    add_values(rows, n, v, next);
-  }
-
-  static void fetch(const S* from, int64_t stride, int64_t rows, int64_t width) {
-    for (int64_t r = 0; r < rows; ++r, from += stride)
-      for (int64_t i = 0; i < width; i += 64 / sizeof(S)) __builtin_prefetch(from + i, 0, 2);
+    add_values(rows, n, v, v + kBlockKeys * p_.v.time);
   }
 
   // Products with `keys` become what the values are to be multiplied with.
@@ -137,26 +129,27 @@ class AttentionDecode {
     for (int64_t i = 0; i < end; ++i) s[i] *= factors[i];
   }
 
-  // `next` or null: as many rows are called for, in step with the columns.
+  // Meanwhile the same of `next` is called for, in the order in which dense rows lie: memory gives neighbours faster.
   template <int R, int N>
   void add_values_of(int64_t r, int64_t n, const S* v, const S* next) {
-    const T* weights = scores_ + r * s_stride_;
-    T* sums = sums_ + r * v_stride_;
+    const auto add = [&](auto vectors, auto whole, int64_t d) {
+      constexpr int kVectors = decltype(vectors)::value;
+      const bool dense = p_.v.time == p_.v_dim;
+      add_weighted_rows<S, R, kVectors, decltype(whole)::value>(
+          scores_ + r * s_stride_, s_stride_, v + d, p_.v.time, n, p_.v_dim - d, sums_ + r * v_stride_ + d, v_stride_,
+          next + (dense ? n * d : d), dense ? kVectors * V::kLanes : p_.v.time);
+    };
+    const std::integral_constant<int, 1> one;
     int64_t d = 0;
-    for (; d + N * V::kLanes <= p_.v_dim; d += N * V::kLanes) {
-      const int64_t from = n * d / p_.v_dim, to = n * (d + N * V::kLanes) / p_.v_dim;
-      if (next) fetch(next + from * p_.v.time, p_.v.time, to - from, p_.v_dim);
-      add_weighted_rows<S, R, N, true>(weights, s_stride_, v + d, p_.v.time, n, 0, sums + d, v_stride_);
-    }
-    for (; d + V::kLanes <= p_.v_dim; d += V::kLanes)
-      add_weighted_rows<S, R, 1, true>(weights, s_stride_, v + d, p_.v.time, n, 0, sums + d, v_stride_);
-    if (d < p_.v_dim)
-      add_weighted_rows<S, R, 1, false>(weights, s_stride_, v + d, p_.v.time, n, p_.v_dim - d, sums + d, v_stride_);
+    for (; d + N * V::kLanes <= p_.v_dim; d += N * V::kLanes)
+      add(std::integral_constant<int, N>{}, std::true_type{}, d);
+    for (; d + V::kLanes <= p_.v_dim; d += V::kLanes) add(one, std::true_type{}, d);
+    if (d < p_.v_dim) add(one, std::false_type{}, d);
   }
   // Few rows take more columns at a time: that many sums are under way at once.
   void add_values(int64_t rows, int64_t n, const S* v, const S* next) {
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4, next = nullptr) add_values_of<4, 2>(r, n, v, next);
+    for (; r + 4 <= rows; r += 4) add_values_of<4, 2>(r, n, v, next);
     if (rows - r == 3) add_values_of<3, 2>(r, n, v, next);
     if (rows - r == 2) add_values_of<2, 4>(r, n, v, next);
     if (rows - r == 1) add_values_of<1, 4>(r, n, v, next);

@@ -12,7 +12,7 @@ namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 constexpr int64_t kDotRowsAtMost = 12;  // beyond, packing a panel on the way is faster
 // Rows of A per tile, at most, and rows of W beside them: up to 24 of 32, or 12 of 16 registers accumulate.
 constexpr int kDotRows = FASTLM_VECTOR_BYTES == 64 ? 6 : 3;
-constexpr int dot_weights(int rows) { return rows == 1 ? 8 : FASTLM_VECTOR_BYTES == 64 ? std::min(8, 24 / rows) : 4; }
+constexpr int dot_weights(int rows) { return rows <= (FASTLM_VECTOR_BYTES == 64 ? 3 : 1) ? 8 : 4; }
 
 template <class S, class A = Compute<S>>
 struct DotParams {
@@ -26,39 +26,57 @@ struct DotParams {
   T* c;  // (rows, count) at c_stride
   int64_t c_stride;
   Init init;
-  const T* bias;  // (count), read for Init::kBias only
+  const T* bias;       // (count), read for Init::kBias only
+  int64_t rows_ahead;  // so much further on, rows of w are called for meanwhile; 0: none are
+};
+
+// Lines to be called for beside line k of a tile's rows j: at next + k * step + j * row.
+template <class S>
+struct LinesAhead {
+  const S* next;  // or null
+  int64_t step, row;
 };
 
 template <class S, class A, int R, int W>
-FASTLM_NOINLINE void dot_tile(const DotParams<S, A>& p) {
+FASTLM_NOINLINE void dot_tile(const DotParams<S, A>& p, const LinesAhead<S>& ahead) {
   using T = Compute<S>;
   using V = Vec<T>;
-  constexpr int kQuads = (R * W + 3) / 4;
-  V acc[4 * kQuads];
-  unrolled<4 * kQuads>([&](int i) FASTLM_LAMBDA_INLINE { acc[i] = V::zero(); });
-  const S* w[W];  // a missing column repeats the last one; its sum is not stored
-  unrolled<W>([&](int j) FASTLM_LAMBDA_INLINE { w[j] = p.w + std::min<int64_t>(j, p.count - 1) * p.w_stride; });
+  V acc[R][W];
+  unrolled<R, W>([&](int r, int j) FASTLM_LAMBDA_INLINE { acc[r][j] = V::zero(); });
+  const S* w[W] = {p.w};  // a missing column repeats the last one; its sum is not stored
+  unrolled<W - 1>([&](int j) FASTLM_LAMBDA_INLINE { w[j + 1] = w[j] + (j + 1 < p.count ? p.w_stride : 0); });
   const auto step = [&](int64_t k, int64_t n) FASTLM_LAMBDA_INLINE {
     V a[R];
     unrolled<R>([&](int r) FASTLM_LAMBDA_INLINE { a[r] = load_as<V>(p.a + r * p.a_stride + k, n); });
     unrolled<W>([&](int j) FASTLM_LAMBDA_INLINE {
       const V weight = load_as<V>(w[j] + k, n);
-      unrolled<R>([&](int r) FASTLM_LAMBDA_INLINE { acc[r * W + j] = fma(a[r], weight, acc[r * W + j]); });
+      unrolled<R>([&](int r) FASTLM_LAMBDA_INLINE { acc[r][j] = fma(a[r], weight, acc[r][j]); });
     });
   };
+  constexpr int64_t kLineOf = 64 / sizeof(S);
   int64_t k = 0;
+  for (; ahead.next && k + kLineOf <= p.depth; k += kLineOf) {
+    unrolled<W>([&](int j)
+                    FASTLM_LAMBDA_INLINE { __builtin_prefetch(ahead.next + k * ahead.step + j * ahead.row, 0, 2); });
+    unrolled<kLineOf / V::kLanes>([&](int i) FASTLM_LAMBDA_INLINE { step(k + i * V::kLanes, V::kLanes); });
+  }
   for (; k + V::kLanes <= p.depth; k += V::kLanes) step(k, V::kLanes);
   if (k < p.depth) step(k, p.depth - k);
 
-  T sums[4 * kQuads];
-  unrolled<kQuads>([&](int i) FASTLM_LAMBDA_INLINE {
-    horizontal_sums(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3], sums + 4 * i);
+  static constexpr T kNothing[4] = {};
+  unrolled<R, W / 4>([&](int r, int quad) FASTLM_LAMBDA_INLINE {
+    const int64_t j = 4 * quad, n = std::clamp<int64_t>(p.count - j, 0, 4);
+    T* c = p.c + r * p.c_stride + j;
+    const T* onto = p.init == Init::kAccumulate ? c : p.init == Init::kBias ? p.bias + j : kNothing;
+    const auto sum = [&](const T* from, T* to) FASTLM_LAMBDA_INLINE {
+      horizontal_sums(acc[r][j], acc[r][j + 1], acc[r][j + 2], acc[r][j + 3], from, to);
+    };
+    if (n == 4) return sum(onto, c);
+    T edge[4] = {};
+    std::copy_n(onto, n, edge);
+    sum(edge, edge);
+    std::copy_n(edge, n, c);
   });
-  for (int r = 0; r < R; ++r) {
-    T* c = p.c + r * p.c_stride;
-    for (int64_t j = 0; j < std::min<int64_t>(W, p.count); ++j)
-      c[j] = sums[r * W + j] + (p.init == Init::kAccumulate ? c[j] : p.init == Init::kBias ? p.bias[j] : T(0));
-  }
 }
 
 // C (rows, count) = init + A (rows, depth) W (count, depth)^T. Long sums are cut, for accuracy.
@@ -69,6 +87,9 @@ void dot_product(DotParams<S, A> p, int64_t rows) {
   const auto& tiles = rows <= kDotRows ? kAlone : kOfSeveral;
   const int64_t width = dot_weights(static_cast<int>(std::clamp<int64_t>(rows, 1, kDotRows)));
   const int64_t depth = p.depth, block = kDeep<Compute<S>>;
+  // Rows that lie dense are called for in sequence: memory gives neighbours faster.
+  const bool dense = p.w_stride == depth;
+  const int64_t line_step = dense ? width : 1, line_row = dense ? 64 / sizeof(S) : p.w_stride;
   for (; p.count > 0; p.count -= width, p.w += width * p.w_stride, p.c += width) {
     DotParams<S, A> tile = p;
     if (p.bias) p.bias += width;
@@ -76,7 +97,8 @@ void dot_product(DotParams<S, A> p, int64_t rows) {
       for (int64_t k = 0; k < depth || k == 0; k += block) {
         tile.a = p.a + r * p.a_stride + k, tile.w = p.w + k, tile.depth = std::min(block, depth - k);
         tile.init = k == 0 ? p.init : Init::kAccumulate;
-        tiles[std::min<int64_t>(rows - r, kDotRows) - 1](tile);
+        const S* next = r == 0 && p.rows_ahead > 0 ? p.w + p.rows_ahead * p.w_stride + k * line_step : nullptr;
+        tiles[std::min<int64_t>(rows - r, kDotRows) - 1](tile, {next, line_step, line_row});
       }
   }
 }

@@ -291,7 +291,7 @@ void gemm(const GemmParams<T>& p, const GemmBuffers<T>& buffers, const Team& tea
   if (p.m > kDotRowsAtMost) return gemm_few_rows(p, buffers, team);
   const auto own = team.split(p.n, 8);
   dot_product<T>({p.a, p.a_stride, p.b + own.begin * p.b_stride, p.b_stride, own.end - own.begin, p.k, p.c + own.begin,
-                  p.c_stride, first_init(p), p.bias ? p.bias + own.begin : nullptr},
+                  p.c_stride, first_init(p), p.bias ? p.bias + own.begin : nullptr, 0},
                  p.m);
 }
 

@@ -211,7 +211,7 @@ class ForwardPass {
         const S* stored = weights + (gate * p_.hidden + block * kCols<T>)*depth;
         if (p_.batch <= kDotRowsAtMost)  // not this member's rows: sums must not depend on how many share them
           return dot_product<S, E>(
-              {a, a_stride, stored, depth, units_of(block), depth, slots, sizes_.slots_width, init, bias}, rows);
+              {a, a_stride, stored, depth, units_of(block), depth, slots, sizes_.slots_width, init, bias, 0}, rows);
         P* late = buffers_.late + team_.rank * ForwardBuffers<S, P>::late_size(p_);
         pack_transposed(stored, depth, depth, units_of(block), late);
         panel = late;

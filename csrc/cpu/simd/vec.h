@@ -291,19 +291,25 @@ FASTLM_INLINE V clamp(const V& x, typename V::Scalar low, typename V::Scalar hig
   return at_most(V::broadcast(high), at_least(V::broadcast(low), x));
 }
 
-// The lanes of x brought together by `op`, 16 bytes over 16 bytes.
 template <class T>
 struct Quad {
   typedef T type __attribute__((vector_size(16)));
 };
+// The lanes of x brought together by `op`, the upper half over the lower one until 16 bytes are left.
+template <class Raw, class Op, size_t... I>
+FASTLM_INLINE auto fold_halves(Raw x, const Op& op, std::index_sequence<I...> lanes) {
+  const auto half = op(__builtin_shufflevector(x, x, I...), __builtin_shufflevector(x, x, (sizeof...(I) + I)...));
+  if constexpr (sizeof(half) == 16)
+    return half;
+  else
+    return fold_halves(half, op, std::make_index_sequence<lanes.size() / 2>{});
+}
 template <class T, class Op>
 FASTLM_INLINE typename Quad<T>::type fold(Vec<T> x, const Op& op) {
-  constexpr int kQuads = FASTLM_VECTOR_BYTES / 16;
-  typename Quad<T>::type quads[kQuads];
-  memcpy(quads, &x, sizeof(x));
-  if constexpr (kQuads == 4) unrolled<2>([&](int i) FASTLM_LAMBDA_INLINE { quads[i] = op(quads[i], quads[i + 2]); });
-  if constexpr (kQuads >= 2) quads[0] = op(quads[0], quads[1]);
-  return quads[0];
+  if constexpr (sizeof(x) == 16)
+    return x.raw;
+  else
+    return fold_halves(x.raw, op, std::make_index_sequence<Vec<T>::kLanes / 2>{});
 }
 template <class T>
 FASTLM_INLINE typename Quad<T>::type fold(Vec<T> x) {
@@ -326,19 +332,21 @@ FASTLM_INLINE T largest(Vec<T> x) {
   return most;
 }
 
-// to[i] = sum of all lanes of x[i], for four vectors at once.
-FASTLM_INLINE void horizontal_sums(Vec<float> x0, Vec<float> x1, Vec<float> x2, Vec<float> x3, float* to) {
+// to[i] = onto[i] + the sum of all lanes of x_i, for four vectors at once.
+FASTLM_INLINE void horizontal_sums(Vec<float> x0, Vec<float> x1, Vec<float> x2, Vec<float> x3, const float* onto,
+                                   float* to) {
   const auto a = fold(x0), b = fold(x1), c = fold(x2), d = fold(x3);
   const auto ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
   const auto cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  const auto sums = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  auto sums = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  auto start = sums;
+  memcpy(&start, onto, sizeof(start));
+  sums = sums + start;
   memcpy(to, &sums, sizeof(sums));
 }
-FASTLM_INLINE void horizontal_sums(Vec<double> x0, Vec<double> x1, Vec<double> x2, Vec<double> x3, double* to) {
-  for (const Vec<double>& x : {x0, x1, x2, x3}) {
-    const auto pair = fold(x);
-    *to++ = pair[0] + pair[1];
-  }
+FASTLM_INLINE void horizontal_sums(Vec<double> x0, Vec<double> x1, Vec<double> x2, Vec<double> x3, const double* onto,
+                                   double* to) {
+  for (const Vec<double>& x : {x0, x1, x2, x3}) *to++ = total(x) + *onto++;
 }
 
 #if FASTLM_FMA_BYTES >= 32
