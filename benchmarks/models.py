@@ -232,6 +232,7 @@ OUTPUT_LAYERS = (
     OutputLayer(1024, 50257, 768),
     OutputLayer(2048, 10000, 256, "none"),
     OutputLayer(768, 65, 128),
+    OutputLayer(4096, 100, 512),
     OutputLayer(2048, 10000, 256, dtype=torch.bfloat16),
 )
 GENERATIONS = tuple(Generation(op, through) for op in ("gru", "lstm") for through in (False, True))

@@ -10,7 +10,8 @@ namespace fastlm::cpu {
 
 // Depends on sizes alone, `threads` excepted: results are the same for every number of them.
 struct CrossEntropyPlan {
-  int64_t parts;    // that the words are cut into, which threads share
+  int64_t parts;    // that the words are cut into, which threads share,
+  int64_t items;    // or the rows, where they are more than one
   int threads;      // wanted members
   int64_t work_ns;  // rough time on one thread
 };

@@ -78,10 +78,11 @@ def run_torch(case: Case) -> Outputs:
     return {"loss": losses.sum() / rows}
 
 
-# Around vectors, tiles of 6, panels of 16 and 64, blocks of 96 words and of 256 rows; one word, one part, all parts.
+# Around vectors, tiles of 6, panels of 16 and 64, blocks of 96 words and of 256 rows; one word, one part, all parts;
+# few words with rows in one item, in some and in all, of several blocks.
 SIZES = [
     (1, 1, 1), (1, 2, 3), (2, 7, 16), (5, 33, 17), (17, 64, 15), (64, 65, 64), (65, 97, 33),
-    (255, 100, 31), (257, 513, 8), (300, 40, 130), (33, 3001, 63), (513, 127, 5),
+    (255, 100, 31), (257, 513, 8), (300, 40, 130), (33, 3001, 63), (513, 127, 5), (600, 130, 9), (5400, 3, 5),
 ]  # fmt: skip
 
 
@@ -120,8 +121,9 @@ def test_grid(vocab: int, dim: int) -> None:
 
 @pytest.mark.parametrize("wanted", [["hidden"], ["weight"], ["bias"], ["hidden", "bias"]], ids="-".join)
 @reductions
-def test_some_gradients(wanted: list[str], reduction: str) -> None:
-    check_case(make(70, 200, 24, reduction=reduction), run, run_torch, wanted=wanted)
+@pytest.mark.parametrize("rows", [70, 400])
+def test_some_gradients(wanted: list[str], reduction: str, rows: int) -> None:
+    check_case(make(rows, 200, 24, reduction=reduction), run, run_torch, wanted=wanted)
 
 
 @reductions
@@ -184,7 +186,7 @@ def test_large_and_special_values(reduction: str) -> None:
 @reductions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, BF16], ids=str)
 def test_threads_give_the_same_bits(isa: str, dtype: torch.dtype, reduction: str) -> None:
-    for sizes in ((300, 500, 100), (600, 2000, 40)):
+    for sizes in ((300, 500, 100), (600, 2000, 40), (900, 65, 40)):
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)

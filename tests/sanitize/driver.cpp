@@ -386,8 +386,10 @@ void run_attention() {
                          [&](const Pool& pool) { return attention<S>(s, options, pool); });
 }
 
-// What language models have besides: rows in several blocks, words in several blocks of several parts, one word.
-constexpr OutputSizes kOutputs[] = {{1, 1, 1}, {5, 33, 17}, {300, 70, 9}, {40, 3500, 33}, {0, 4, 3}, {7, 130, 300}};
+// What language models have besides: rows in several blocks or items, words in several blocks of several parts, one
+// word.
+constexpr OutputSizes kOutputs[] = {{1, 1, 1},      {5, 33, 17}, {300, 70, 9},  {900, 40, 9},
+                                    {40, 3500, 33}, {0, 4, 3},   {7, 130, 300}, {300, 600, 9}};
 
 template <class S>
 void run_models() {
