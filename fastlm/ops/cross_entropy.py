@@ -52,21 +52,57 @@ def linear_cross_entropy(
     rows, 32 MiB, and hidden's gradient 16 times over 256 rows; bfloat16: also weight's gradient in float32.
     Blocks of logits: Wijmans et al. 2024 (arXiv:2411.09009).
     """
-    _check(hidden, weight, target, bias, ignore_index, reduction, label_smoothing)
+    options = (ignore_index, reduction, label_smoothing)
+    if _is_plain(hidden, weight, target, bias) and _are_plain(*options):
+        try:
+            return _run(hidden, weight, bias, target, *options)
+        except (RuntimeError, ValueError):
+            _check(hidden, weight, target, bias, *options)  # says it by the argument's name
+            raise
+    _check(hidden, weight, target, bias, *options)
     rows = hidden.reshape(-1, hidden.shape[-1])
     classes = target.reshape(-1).to(torch.int64)
     (rows, weight, bias), kernel = _common.plan("linear_cross_entropy", (rows, weight, bias))
-    if not kernel:
+    if kernel:
+        loss = _run(rows, weight, bias, classes, ignore_index, reduction, float(label_smoothing))
+    else:
         loss = reference.linear_cross_entropy(
             rows, weight, classes, bias, ignore_index, reduction, float(label_smoothing)
         )
-    else:
-        needed = [_common.requires_grad(tensor) for tensor in (rows, weight, bias)]
-        run = _forward if torch.compiler.is_compiling() else _recorded if any(needed) else _forward_plain
-        numbers = (ignore_index, float(label_smoothing), _REDUCTIONS.index(reduction))
-        in_forward = (False,) * 3 if reduction == "none" else needed
-        loss = run(rows, weight, bias, classes, *numbers, *in_forward)[0]
     return loss.view(target.shape) if reduction == "none" else loss
+
+
+def _is_plain(hidden: Any, weight: Any, target: Any, bias: Any) -> bool:
+    """True where nothing but the kernel can be meant, on rows as the op takes them."""
+    return (
+        _common.is_plain(hidden, weight, target, bias)
+        and weight is not None
+        and target is not None
+        and hidden.dim() == 2
+        and target.dtype == torch.int64
+    )
+
+
+def _are_plain(ignore_index: Any, reduction: Any, label_smoothing: Any) -> bool:
+    """True where the options are of the types that the op takes, and in range."""
+    numbers = type(ignore_index) is int and type(label_smoothing) is float
+    return numbers and reduction in _REDUCTIONS and 0.0 <= label_smoothing <= 1.0
+
+
+def _run(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    classes: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Tensor:
+    """The kernel, of rows (R, D) and classes (R,)."""
+    needed = (_common.requires_grad(rows), _common.requires_grad(weight), _common.requires_grad(bias))
+    run = _forward if torch.compiler.is_compiling() else _recorded if True in needed else _forward_plain
+    in_forward = (False,) * 3 if reduction == "none" else needed
+    return run(rows, weight, bias, classes, ignore_index, label_smoothing, _REDUCTIONS.index(reduction), *in_forward)[0]
 
 
 def _check(
