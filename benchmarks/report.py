@@ -7,7 +7,8 @@ python benchmarks/report.py --check
 import argparse
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import rows
@@ -60,18 +61,30 @@ def _table(title: str, groups: Groups) -> list[str]:
     return [f"**{title}**", "", head, "|---" + "|--:" * 6 + "|", *lines, ""] if lines else []
 
 
+def _range(values: Iterable[float | None]) -> str:
+    known = [round(value) for value in values if value is not None]
+    return "unknown" if not known else str(known[0]) if min(known) == max(known) else f"{min(known)} to {max(known)}"
+
+
 def _conditions(groups: Groups) -> list[str]:
+    """One paragraph, a sentence for every machine and setting that rows come from."""
     every = [row for group in groups.values() for row in group.values()]
+    runs = defaultdict(list)
+    for row in every:
+        runs[row.cpu, row.threads, row.isa or "none", row.malloc_mmap_max or "unset"].append(row)
+    sentences = []
+    for (cpu, threads, isa, malloc), own in sorted(runs.items()):
+        dates, commits = sorted({row.date[:10] for row in own}), sorted({row.git or "no git" for row in own})
+        sentences.append(
+            f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}: {cpu}, threads {threads}, float32 (_bf16: bfloat16),"
+            f" instruction set {isa}, {_range(row.peak_gflops for row in own)} GFLOP/s peak,"
+            f" {_range(row.tile_gflops for row in own)} of it in a tile in L1,"
+            f" {_range(row.read_gbs for row in own)} GB/s read,"
+            f" fastlm {', '.join(sorted({row.fastlm for row in own}))} ({', '.join(commits)}),"
+            f" MALLOC_MMAP_MAX_ {malloc}."
+        )
     versions = sorted({row.provider_version for row in every if not row.provider_version.startswith("fastlm")})
-    runs = {
-        f"{row.date[:10]}: {row.cpu}, threads {row.threads}, float32 (_bf16: bfloat16), "
-        f"instruction set {row.isa or 'none'}, "
-        f"{f'{row.peak_gflops:.0f}' if row.peak_gflops else 'unknown'} GFLOP/s peak, "
-        f"{f'{row.tile_gflops:.0f} of it in a tile in L1, ' if row.tile_gflops else ''}{row.read_gbs:.0f} GB/s read, "
-        f"fastlm {row.fastlm} ({row.git or 'no git'}), MALLOC_MMAP_MAX_ {row.malloc_mmap_max or 'unset'}"
-        for row in every
-    }
-    return [f"{'; '.join(sorted(runs))}. Peers: {', '.join(versions)}. Medians; bold: fastlm is slower.", ""]
+    return [f"{' '.join(sentences)} Peers: {', '.join(versions)}. Medians; bold: fastlm is slower.", ""]
 
 
 def markdown(groups: Groups) -> str:

@@ -82,3 +82,8 @@ def _depth_of_caller() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "fastlm":
         depth, frame = depth + 1, frame.f_back
     return depth
+
+
+if _native.broken:
+    assert _native.reason is not None
+    fall_back(_native.reason)  # with no call to tell it at: without an extension the operations are the reference

@@ -5,9 +5,11 @@ from types import ModuleType
 
 module: ModuleType | None = None
 reason: str | None = None
+broken = False  # built, but not to be loaded
 
 try:
     module = importlib.import_module("fastlm._C")
 except ImportError as error:
-    # "No module named" means it was never built (FASTLM_PURE=1); anything else is a broken build and is told whole.
+    # A missing module was never built (FASTLM_PURE=1); anything else is a broken build and is told whole.
     reason = f"the extension fastlm._C is not available: {error}"
+    broken = not isinstance(error, ModuleNotFoundError)

@@ -23,7 +23,7 @@ int64_t now_ns() {
 
 }  // namespace
 
-int TeamState::join(int covered, int64_t patience_ns) {
+int TeamState::join(int chunk, int covered, int64_t patience_ns) {
   uint64_t seen = door_.load(std::memory_order_acquire);
   int rank;
   do {
@@ -38,7 +38,7 @@ int TeamState::join(int covered, int64_t patience_ns) {
     if (!(seen & kClosed) && (complete || (spins % 64 == 63 && now_ns() > deadline))) close(seen);
     pause();
   }
-  return rank;
+  return size() == wanted_ ? chunk : rank;
 }
 
 bool TeamState::close(uint64_t seen) {

@@ -19,8 +19,9 @@ class TeamState {
  public:
   explicit TeamState(int wanted) : wanted_(wanted), shares_(wanted > 1 ? new Share[wanted] : nullptr) {}
 
-  // Joins with a chunk of `covered` of the wanted members; returns the rank, or -1 when the door is closed.
-  int join(int covered, int64_t patience_ns);
+  // Joins with a chunk, the first of `covered` of the wanted members; returns the rank, or -1 when the door is closed.
+  // Where all have come, the rank is the chunk: what a pool's thread worked on in other calls is in its cache.
+  int join(int chunk, int covered, int64_t patience_ns);
   int size() const { return size_.load(std::memory_order_acquire); }
   void barrier();
 
@@ -101,7 +102,8 @@ void run_team(ParallelFor parallel_for, int wanted, int64_t work_ns, const Body&
       0, wanted,
       [](int64_t begin, int64_t end, void* raw) {
         auto& context = *static_cast<Context*>(raw);
-        const int rank = context.state.join(static_cast<int>(end - begin), context.patience_ns);
+        const int rank =
+            context.state.join(static_cast<int>(begin), static_cast<int>(end - begin), context.patience_ns);
         if (rank >= 0) context.body(Team(&context.state, rank, context.state.size()));
       },
       &context);

@@ -1,6 +1,12 @@
 """Which path a call takes: dtype, autocast, fallbacks, the forced back end, the forced ISA."""
 
+import os
+import shutil
+import subprocess
+import sys
 import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,6 +179,27 @@ def test_forced_by_environment() -> None:
         done = run_python(code, FASTLM_BACKEND=name)
         assert done.returncode != 0
         assert text in done.stderr
+
+
+def test_an_extension_that_does_not_load_is_told(tmp_path: Path) -> None:
+    package = tmp_path / "fastlm"
+    shutil.copytree(Path(fastlm.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = "import fastlm, torch; print(fastlm.__file__, fastlm.ops.gelu(torch.zeros(1)).item())"
+
+    def run(**environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code]  # finds the package in its working directory first
+        return subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
+
+    unbuilt = run()
+    assert unbuilt.stdout == f"{package / '__init__.py'} 0.0\n"
+    assert "FastlmFallbackWarning" not in unbuilt.stderr
+    (package / f"_C{EXTENSION_SUFFIXES[0]}").write_text("no library")
+    broken, strict = run(), run(FASTLM_STRICT="1")
+    told = "the extension fastlm._C is not available: "
+    assert broken.stdout == unbuilt.stdout
+    assert f"FastlmFallbackWarning: fastlm runs the plain reference: {told}" in broken.stderr
+    assert strict.returncode != 0
+    assert told in strict.stderr
 
 
 @pytest.mark.skipif(_native.module is None, reason="needs the extension")

@@ -129,22 +129,22 @@ class AttentionDecode {
     for (int64_t i = 0; i < end; ++i) s[i] *= factors[i];
   }
 
-  // Meanwhile the same of `next` is called for, in the order in which dense rows lie: memory gives neighbours faster.
+  // The columns from d on, N vectors at a time as long as there are so many, then half of that. Meanwhile the same of
+  // `next` is called for, in the order in which dense rows lie: memory gives neighbours faster.
   template <int R, int N>
-  void add_values_of(int64_t r, int64_t n, const S* v, const S* next) {
-    const auto add = [&](auto vectors, auto whole, int64_t d) {
-      constexpr int kVectors = decltype(vectors)::value;
-      const bool dense = p_.v.time == p_.v_dim;
-      add_weighted_rows<S, R, kVectors, decltype(whole)::value>(
-          scores_ + r * s_stride_, s_stride_, v + d, p_.v.time, n, p_.v_dim - d, sums_ + r * v_stride_ + d, v_stride_,
-          next + (dense ? n * d : d), dense ? kVectors * V::kLanes : p_.v.time);
+  void add_values_of(int64_t r, int64_t n, const S* v, const S* next, int64_t d = 0) {
+    const bool dense = p_.v.time == p_.v_dim;
+    const auto add = [&](auto whole) {
+      add_weighted_rows<S, R, N, decltype(whole)::value>(scores_ + r * s_stride_, s_stride_, v + d, p_.v.time, n,
+                                                         p_.v_dim - d, sums_ + r * v_stride_ + d, v_stride_,
+                                                         next + (dense ? n * d : d), dense ? N * V::kLanes : p_.v.time);
     };
-    const std::integral_constant<int, 1> one;
-    int64_t d = 0;
-    for (; d + N * V::kLanes <= p_.v_dim; d += N * V::kLanes)
-      add(std::integral_constant<int, N>{}, std::true_type{}, d);
-    for (; d + V::kLanes <= p_.v_dim; d += V::kLanes) add(one, std::true_type{}, d);
-    if (d < p_.v_dim) add(one, std::false_type{}, d);
+    for (; d + N * V::kLanes <= p_.v_dim; d += N * V::kLanes) add(std::true_type{});
+    if (d == p_.v_dim) return;
+    if constexpr (N > 1)
+      add_values_of<R, N / 2>(r, n, v, next, d);
+    else
+      add(std::false_type{});
   }
   // Few rows take more columns at a time: that many sums are under way at once.
   void add_values(int64_t rows, int64_t n, const S* v, const S* next) {
@@ -152,7 +152,7 @@ class AttentionDecode {
     for (; r + 4 <= rows; r += 4) add_values_of<4, 2>(r, n, v, next);
     if (rows - r == 3) add_values_of<3, 2>(r, n, v, next);
     if (rows - r == 2) add_values_of<2, 4>(r, n, v, next);
-    if (rows - r == 1) add_values_of<1, 4>(r, n, v, next);
+    if (rows - r == 1) add_values_of<1, 8>(r, n, v, next);
   }
 
   void combine_row(int64_t first, int64_t last, int64_t r) {
