@@ -9,7 +9,12 @@
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
-constexpr int64_t kDotRowsAtMost = 12;  // beyond, packing a panel on the way is faster
+// Beyond, packing a panel on the way is faster. Long sums hide what a tile costs around them; with vectors of 64 bytes
+// that is not measured.
+template <class T>
+constexpr int64_t dot_rows_at_most(int64_t depth) {
+  return FASTLM_VECTOR_BYTES == 32 && depth >= 32 * Vec<T>::kLanes ? 24 : 12;
+}
 // Rows of A per tile, at most, and rows of W beside them: up to 24 of 32, or 12 of 16 registers accumulate.
 constexpr int kDotRows = FASTLM_VECTOR_BYTES == 64 ? 6 : 3;
 constexpr int dot_weights(int rows) { return rows <= (FASTLM_VECTOR_BYTES == 64 ? 3 : 1) ? 8 : 4; }

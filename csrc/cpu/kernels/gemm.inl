@@ -288,7 +288,7 @@ template <class T>
 void gemm(const GemmParams<T>& p, const GemmBuffers<T>& buffers, const Team& team) {
   const bool few_rows = p.b_transposed && !p.a_transposed && p.m <= kDirectRows && p.k > 0;
   if (!few_rows) return gemm(Products<T>{&p, 1}, buffers, team);
-  if (p.m > kDotRowsAtMost) return gemm_few_rows(p, buffers, team);
+  if (p.m > dot_rows_at_most<T>(p.k)) return gemm_few_rows(p, buffers, team);
   const auto own = team.split(p.n, 8);
   dot_product<T>({p.a, p.a_stride, p.b + own.begin * p.b_stride, p.b_stride, own.end - own.begin, p.k, p.c + own.begin,
                   p.c_stride, first_init(p), p.bias ? p.bias + own.begin : nullptr, 0},

@@ -209,7 +209,8 @@ class ForwardPass {
     if constexpr (std::is_same_v<P, S>)
       if (plan_.direct) {
         const S* stored = weights + (gate * p_.hidden + block * kCols<T>)*depth;
-        if (p_.batch <= kDotRowsAtMost)  // not this member's rows: sums must not depend on how many share them
+        // By the batch, not this member's rows: sums must not depend on how many share them.
+        if (p_.batch <= dot_rows_at_most<T>(depth))
           return dot_product<S, E>(
               {a, a_stride, stored, depth, units_of(block), depth, slots, sizes_.slots_width, init, bias, 0}, rows);
         P* late = buffers_.late + team_.rank * ForwardBuffers<S, P>::late_size(p_);
