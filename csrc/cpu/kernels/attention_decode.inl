@@ -13,12 +13,12 @@ void add_weighted_rows(const Compute<S>* a, int64_t a_stride, const S* b, int64_
                        Compute<S>* c, int64_t c_stride, const S* next, int64_t step) {
   using V = Vec<Compute<S>>;
   static_assert(kWhole || N == 1);
-  constexpr int kLines = std::max<int>(1, N * V::kLanes * sizeof(S) / 64);
+  constexpr int kLines = std::max<int>(1, N * V::kLanes / kLine<S>);
   V acc[R][N];
   const auto place = [&](int r, int v) FASTLM_LAMBDA_INLINE { return c + r * c_stride + v * V::kLanes; };
   unrolled<R, N>([&](int r, int v) FASTLM_LAMBDA_INLINE { acc[r][v] = V::load(place(r, v)); });
   for (int64_t k = 0; k < depth; ++k, b += b_stride, next += step) {
-    unrolled<kLines>([&](int i) FASTLM_LAMBDA_INLINE { __builtin_prefetch(next + i * (64 / sizeof(S)), 0, 2); });
+    unrolled<kLines>([&](int i) FASTLM_LAMBDA_INLINE { __builtin_prefetch(next + i * kLine<S>, 0, 2); });
     V row[N];
     for (int v = 0; v < N; ++v) row[v] = load_as<V>(b + v * V::kLanes, kWhole ? V::kLanes : cols);
     for (int r = 0; r < R; ++r)

@@ -28,7 +28,7 @@ void clear_dead_rows(const CrossEntropyParams<S>& p, const Team& team) {
 
 // to = the sums of `items`, one after another, each of n values.
 template <class S, class T>
-void add_items(const T* from, int64_t items, int64_t n, S* to, const Team& team) {
+void sum_items(const T* from, int64_t items, int64_t n, S* to, const Team& team) {
   using V = Vec<T>;
   if (!to || static_cast<const void*>(from) == to) return;
   const auto own = team.split(n, V::kLanes);
@@ -57,8 +57,8 @@ class CrossEntropyCall {
     else
       team.share(plan_.items, false, [&](int64_t i) { run_item(i, team.rank); });
     team.barrier();
-    add_items(sums_.weight, plan_.items, p_.vocab * p_.dim, p_.grad_weight, team);
-    add_items(sums_.bias, plan_.items, p_.vocab, p_.grad_bias, team);
+    sum_items(sums_.weight, plan_.items, p_.vocab * p_.dim, p_.grad_weight, team);
+    sum_items(sums_.bias, plan_.items, p_.vocab, p_.grad_bias, team);
   }
 
  private:

@@ -58,12 +58,11 @@ FASTLM_NOINLINE void dot_tile(const DotParams<S, A>& p, const LinesAhead<S>& ahe
       unrolled<R>([&](int r) FASTLM_LAMBDA_INLINE { acc[r][j] = fma(a[r], weight, acc[r][j]); });
     });
   };
-  constexpr int64_t kLineOf = 64 / sizeof(S);
   int64_t k = 0;
-  for (; ahead.next && k + kLineOf <= p.depth; k += kLineOf) {
+  for (; ahead.next && k + kLine<S> <= p.depth; k += kLine<S>) {
     unrolled<W>([&](int j)
                     FASTLM_LAMBDA_INLINE { __builtin_prefetch(ahead.next + k * ahead.step + j * ahead.row, 0, 2); });
-    unrolled<kLineOf / V::kLanes>([&](int i) FASTLM_LAMBDA_INLINE { step(k + i * V::kLanes, V::kLanes); });
+    unrolled<kLine<S> / V::kLanes>([&](int i) FASTLM_LAMBDA_INLINE { step(k + i * V::kLanes, V::kLanes); });
   }
   for (; k + V::kLanes <= p.depth; k += V::kLanes) step(k, V::kLanes);
   if (k < p.depth) step(k, p.depth - k);
@@ -94,7 +93,7 @@ void dot_product(DotParams<S, A> p, int64_t rows) {
   const int64_t depth = p.depth, block = kDeep<Compute<S>>;
   // Rows that lie dense are called for in sequence: memory gives neighbours faster.
   const bool dense = p.w_stride == depth;
-  const int64_t line_step = dense ? width : 1, line_row = dense ? 64 / sizeof(S) : p.w_stride;
+  const int64_t line_step = dense ? width : 1, line_row = dense ? kLine<S> : p.w_stride;
   for (; p.count > 0; p.count -= width, p.w += width * p.w_stride, p.c += width) {
     DotParams<S, A> tile = p;
     if (p.bias) p.bias += width;
