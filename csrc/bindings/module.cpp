@@ -1,15 +1,14 @@
 // fastlm._C for Python: what is not a tensor operation. The operations register themselves when this library loads.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <thread>
 #include <vector>
 
-#include "bindings/objects.h"
+#include "bindings/argmax.h"
+#include "bindings/stream.h"
 #include "cpu/isa.h"
 
-namespace py = pybind11;
 namespace cpu = fastlm::cpu;
 
 namespace {
@@ -61,7 +60,8 @@ void define_peak(py::module_& module, const char* name, Peak peak, const char* d
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Introspection of fastlm's compiled kernels.";
   fastlm::bindings::define_stream(module);
-  fastlm::bindings::define_argmax(module);
+  fastlm::bindings::define_argmax<float>(module, "ArgmaxFloat32");
+  fastlm::bindings::define_argmax<double>(module, "ArgmaxFloat64");
   module.def("cpu_isa", &cpu::isa, "Name of the instruction set in use.");
   module.def("cpu_isas", &cpu::usable_isas, "Names of those usable on this machine, plainest first.");
   module.def("set_cpu_isa", &cpu::set_isa, py::arg("name"), "Uses another instruction set from now on.");

@@ -59,7 +59,7 @@ struct MathKernels {
   void (*tanh)(const T* x, T* y, int64_t n);
 };
 
-// One entry per operation family; a table per ISA and element type, filled by csrc/cpu/isa/<isa>_<family>.cpp.
+// One entry per operation family; a table per ISA and element type, filled by csrc/cpu/isa/<isa>_*.cpp.
 template <class T>
 struct Kernels {
   const GemmKernels<T>* gemm;

@@ -133,8 +133,8 @@ void run_tile(int rows, int deal, const TileParams<T, P>& p) {
   (deal == 2 ? kDouble[rows - 1] : kSingle[rows - 1])(p);
 }
 
-// Compiled once for an ISA, with the product that is nothing else (gemm_entry.inl), since all families use them; those
-// of BFloat16 alone have no such file.
+// Compiled once for an ISA, with the product that is nothing else (gemm_entry.inl), since both its files use them;
+// those of BFloat16 alone have no such product.
 #define FASTLM_SHARED_TILES(keyword)                                          \
   keyword template void run_tile<false>(int, int, const TileParams<float>&);  \
   keyword template void run_tile<true>(int, int, const TileParams<float>&);   \

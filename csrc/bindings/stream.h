@@ -1,24 +1,14 @@
-// fastlm._C.Stream: cpu/stream.h for Python, on raw addresses, since a step is shorter than a call of a tensor
-// operation. fastlm/nn/stream.py checks what they point to.
+// fastlm._C.Stream: cpu/stream.h for Python; fastlm/nn/stream.py is its caller.
+#pragma once
+
+#include <array>
+#include <memory>
+#include <vector>
+
+#include "bindings/objects.h"
 #include "cpu/stream.h"
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include "bindings/common.h"
-#include "bindings/objects.h"
-
-namespace py = pybind11;
-
 namespace fastlm::bindings {
-namespace {
-
-using Address = std::uintptr_t;
-
-template <class S>
-S* at(Address address) {
-  return reinterpret_cast<S*>(address);
-}
 
 // A stream of any element type.
 class AnyStream {
@@ -50,8 +40,8 @@ class TypedStream final : public AnyStream {
 };
 
 template <class S>
-std::unique_ptr<AnyStream> make(bool lstm, bool bfloat16_weights, int64_t batch, int64_t input_size, int64_t hidden,
-                                const std::vector<std::array<Address, 4>>& addresses) {
+std::unique_ptr<AnyStream> make_stream(bool lstm, bool bfloat16_weights, int64_t batch, int64_t input_size,
+                                       int64_t hidden, const std::vector<std::array<Address, 4>>& addresses) {
   std::vector<cpu::StreamWeights<S>> weights;
   for (const auto& [w_ih, w_hh, b_ih, b_hh] : addresses)
     weights.push_back({at<S>(w_ih), at<S>(w_hh), at<S>(b_ih), at<S>(b_hh)});
@@ -60,9 +50,7 @@ std::unique_ptr<AnyStream> make(bool lstm, bool bfloat16_weights, int64_t batch,
   return std::make_unique<TypedStream<S>>(cpu::Stream<S>::make(lstm, params));
 }
 
-}  // namespace
-
-void define_stream(py::module_& module) {
+inline void define_stream(py::module_& module) {
   py::class_<AnyStream>(module, "Stream", "A stack of recurrent layers with its state and packed weights.")
       .def("clone", &AnyStream::clone)
       .def("run", &AnyStream::run, py::call_guard<py::gil_scoped_release>())
@@ -73,9 +61,9 @@ void define_stream(py::module_& module) {
       "make_stream",
       [](const std::string& dtype, bool lstm, bool bfloat16_weights, int64_t batch, int64_t input_size, int64_t hidden,
          const std::vector<std::array<Address, 4>>& weights) {
-        const auto make_as = dtype == "float32"    ? make<float>
-                             : dtype == "float64"  ? make<double>
-                             : dtype == "bfloat16" ? make<BFloat16>
+        const auto make_as = dtype == "float32"    ? make_stream<float>
+                             : dtype == "float64"  ? make_stream<double>
+                             : dtype == "bfloat16" ? make_stream<BFloat16>
                                                    : nullptr;
         if (!make_as) fail("make_stream: expected float32, float64 or bfloat16, got " + dtype);
         return make_as(lstm, bfloat16_weights, batch, input_size, hidden, weights);

@@ -1,2 +1,3 @@
 #include "cpu/isa/scalar.h"
 #include "cpu/kernels/gru.inl"
+#include "cpu/kernels/lstm.inl"

@@ -1,2 +1,0 @@
-#include "cpu/isa/avx2.h"
-#include "cpu/kernels/gemm_entry.inl"

@@ -1,2 +1,0 @@
-#include "cpu/isa/avx512_amx.h"
-#include "cpu/kernels/attention.inl"

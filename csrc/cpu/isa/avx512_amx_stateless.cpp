@@ -1,0 +1,2 @@
+#include "cpu/isa/avx512_amx.h"
+#include "cpu/kernels/stateless.inl"

@@ -1,2 +1,0 @@
-#include "cpu/isa/avx512_bf16.h"
-#include "cpu/kernels/attention.inl"

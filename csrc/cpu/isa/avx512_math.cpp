@@ -1,2 +1,0 @@
-#include "cpu/isa/avx512.h"
-#include "cpu/kernels/math.inl"

@@ -1,0 +1,2 @@
+#include "cpu/isa/avx512.h"
+#include "cpu/kernels/stateless.inl"

@@ -1,2 +1,0 @@
-#include "cpu/isa/scalar.h"
-#include "cpu/kernels/gelu.inl"

@@ -1,0 +1,2 @@
+#include "cpu/isa/scalar.h"
+#include "cpu/kernels/stateless.inl"

@@ -1,2 +1,0 @@
-#include "cpu/isa/wide_amx.h"
-#include "cpu/kernels/attention.inl"

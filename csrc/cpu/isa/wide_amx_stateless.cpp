@@ -1,0 +1,2 @@
+#include "cpu/isa/wide_amx.h"
+#include "cpu/kernels/stateless.inl"

@@ -1,2 +1,0 @@
-#include "cpu/isa/wide.h"
-#include "cpu/kernels/gemm_entry.inl"

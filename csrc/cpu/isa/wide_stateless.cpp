@@ -1,0 +1,2 @@
+#include "cpu/isa/wide.h"
+#include "cpu/kernels/stateless.inl"
