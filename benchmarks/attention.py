@@ -112,6 +112,11 @@ class Attention:
         return 4 * self.dim * self.pairs * self.heads * (1 if mode == "forward" else 3.5) / 1e9
 
     @property
+    def bound_by_memory(self) -> bool:
+        """True for decoding, which reads every key for one query."""
+        return self.q_len == 1
+
+    @property
     def gbytes(self) -> float:
         """Of keys and values."""
         return 2 * self.batch * self.kv_heads * self.k_len * self.dim * self.dtype.itemsize / 1e9

@@ -1,4 +1,4 @@
-"""Workloads of language models: the output layer with its loss, generation token by token, transformers' GPT-2.
+"""Workloads of language models: output layer with its loss, dropout, generation token by token, transformers' GPT-2.
 
 The output layer counts 2 R V D flops forward and three times that in training. Generation and GPT-2 count their
 products with weights; what they compare is time.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
+import fastlm
 from fastlm.ops import linear_cross_entropy
 
 
@@ -80,6 +81,48 @@ class OutputLayer:
 
     def fast_module(self) -> nn.Module:
         return Loss(linear_cross_entropy, self)
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout of a tenth of R rows of a layer's output, and of the gradient that comes back."""
+
+    rows: int
+    width: int
+    dtype: torch.dtype = torch.float32
+
+    op = "dropout"
+    modes = ("training",)
+    tolerance = 1e-2  # of 1 / 0.9 in bfloat16
+    bound_by_memory = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.rows}x{self.width}{'_bf16' if self.dtype == torch.bfloat16 else ''}"
+
+    @property
+    def gbytes(self) -> float:
+        """What is read and written, each way."""
+        return 4 * self.rows * self.width * self.dtype.itemsize / 1e9
+
+    def gflop(self, mode: str) -> float:
+        return 2 * self.rows * self.width / 1e9
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        return (torch.ones(self.rows, self.width),)
+
+    def grad_output(self, output: Tensor) -> Tensor:
+        return torch.ones_like(output)
+
+    def comparable(self, results: Sequence[Tensor]) -> list[Tensor]:
+        """The values that appear: which is where, every implementation draws for itself."""
+        return [result.double().unique() for result in results]
+
+    def module(self) -> nn.Module:
+        return nn.Dropout(0.1)
+
+    def fast_module(self) -> nn.Module:
+        return fastlm.nn.Dropout(0.1)
 
 
 class GreedyLoop(nn.Module):
@@ -157,8 +200,6 @@ class Generation:
         return RNNForCausalLM(RNNConfig(**sizes, cell=self.op)).eval()
 
     def module(self) -> nn.Module:
-        import fastlm
-
         model = fastlm.restore(self._model())
         return Generated(model, self.tokens) if self.through_generate else GreedyLoop(model, self.tokens)
 
@@ -235,7 +276,8 @@ OUTPUT_LAYERS = (
     OutputLayer(4096, 100, 512),
     OutputLayer(2048, 10000, 256, dtype=torch.bfloat16),
 )
+DROPOUTS = tuple(Dropout(4096, 512, dtype) for dtype in (torch.float32, torch.bfloat16))
 GENERATIONS = tuple(Generation(op, through) for op in ("gru", "lstm") for through in (False, True))
 # float32 alone: on a CPU without instructions for bfloat16 torch's linear layers take minutes for a prompt.
 TRANSFORMERS = tuple(GPT2(decode) for decode in (False, True))
-WORKLOADS = (*OUTPUT_LAYERS, *GENERATIONS, *TRANSFORMERS)
+WORKLOADS = (*OUTPUT_LAYERS, *DROPOUTS, *GENERATIONS, *TRANSFORMERS)

@@ -25,7 +25,7 @@ import fastlm
 MODES = ("forward", "training")
 OPS = ("gru", "lstm")  # recurrent
 ATTENTION_OPS = ("attention", "mha")
-MODEL_OPS = ("cross_entropy", "gpt2")  # generation is of its layer's op
+MODEL_OPS = ("cross_entropy", "dropout", "gpt2")  # generation is of its layer's op
 GATES = {"gru": 3, "lstm": 4}
 LAYERS = {"gru": nn.GRU, "lstm": nn.LSTM}
 CELLS = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}

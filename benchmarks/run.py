@@ -220,7 +220,7 @@ def main(
                     read_gbs=None,
                     tile_gflops=None,
                     provider_version=versions[name],
-                    gbs=workload.gbytes / p50 * 1e3 if getattr(workload, "q_len", 0) == 1 else None,
+                    gbs=workload.gbytes / p50 * 1e3 if getattr(workload, "bound_by_memory", False) else None,
                 )
                 for name, (p50, p20, p80) in quantiles.items()
             ]

@@ -36,7 +36,7 @@ Tensor empty_heads(const Tensor& like, const Dims& dims, const Shape& shape) {
   const int64_t width = shape.sizes[3], row = shape.sizes[1] * width;
   const int64_t strides[] = {std::max<int64_t>(shape.sizes[2], 1) * std::max<int64_t>(row, 1),
                              std::max<int64_t>(width, 1), std::max<int64_t>(row, 1), 1};
-  return empty_strided(like, shape, strides, like.scalar_type());
+  return empty_strided(like, shape.count, shape.sizes, strides, like.scalar_type());
 }
 
 // What broadcasts against (B, Hq, Tq, Tk).

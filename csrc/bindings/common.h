@@ -80,13 +80,14 @@ T* write(const OptionalTensor& tensor) {
 constexpr int64_t kHugeTensor = 2 * cpu::kHugePage;
 
 // Straight to torch's allocator: a small call would feel the dispatcher's microseconds.
-inline Tensor empty_strided(const Tensor& like, const Shape& shape, const int64_t* strides, ScalarType dtype) {
+inline Tensor empty_strided(const Tensor& like, int64_t dims, const int64_t* sizes, const int64_t* strides,
+                            ScalarType dtype) {
   int32_t device_type = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      shape.count, shape.sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      device_type, 0, &handle));
+      dims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, 0,
+      &handle));
   Tensor tensor(handle);
   const int64_t bytes = tensor.numel() * tensor.element_size();
   // The allocator gives large tensors back to the system, so their pages come anew with every call: 512 times fewer.
@@ -96,7 +97,11 @@ inline Tensor empty_strided(const Tensor& like, const Shape& shape, const int64_
 inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
   int64_t strides[4], stride = 1;
   for (int64_t i = shape.count; i-- > 0; stride *= std::max<int64_t>(shape.sizes[i], 1)) strides[i] = stride;
-  return empty_strided(like, shape, strides, dtype);
+  return empty_strided(like, shape.count, shape.sizes, strides, dtype);
+}
+// As a dense tensor of any number of dimensions.
+inline Tensor empty_as(const Tensor& dense) {
+  return empty_strided(dense, dense.dim(), dense.sizes().data(), dense.strides().data(), dense.scalar_type());
 }
 inline Tensor empty(const Tensor& like, const Shape& shape) { return empty(like, shape, like.scalar_type()); }
 

@@ -8,7 +8,7 @@ namespace {
 Tensor gelu(const Tensor& x_in, const OptionalTensor& grad_output) {
   check(x_in.is_cpu(), "x: expected a CPU tensor");
   const Tensor x = x_in.is_contiguous() ? x_in : torch::stable::contiguous(x_in);
-  const Tensor result = torch::stable::empty_like(x);
+  const Tensor result = empty_as(x);
   OptionalTensor grad;
   if (grad_output) {
     check(grad_output->scalar_type() == x.scalar_type() && grad_output->numel() == x.numel(),

@@ -147,6 +147,16 @@ struct GeluParams {
   S* result;             // the output, or the gradient of x
 };
 
+// Dropout of n values: each times 0 or 1 / (1 - probability), by a generator over (seed, place of the value).
+template <class S>
+struct DropoutParams {
+  int64_t n;
+  const S* x;
+  S* result;
+  double probability;
+  int64_t seed;
+};
+
 // The output layer of a language model with its loss: logits = hidden weight^T + bias, never held as a whole. Forward
 // (losses given) makes losses and statistics, and the gradients that are not null; backward (losses null) makes these
 // from the statistics.

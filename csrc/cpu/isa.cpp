@@ -12,41 +12,45 @@
 
 namespace fastlm::cpu {
 
-#define FASTLM_DECLARE_ISA(isa)                                                                                     \
-  namespace isa {                                                                                                   \
-  extern const GemmKernels<float> kGemmFloat;                                                                       \
-  extern const GemmKernels<double> kGemmDouble;                                                                     \
-  extern const RecurrentKernels<float> kGruFloat, kLstmFloat;                                                       \
-  extern const RecurrentKernels<double> kGruDouble, kLstmDouble;                                                    \
-  extern const RecurrentKernels<BFloat16> kGruBFloat16, kLstmBFloat16;                                              \
-  extern const AttentionKernels<float> kAttentionFloat;                                                             \
-  extern const AttentionKernels<double> kAttentionDouble;                                                           \
-  extern const AttentionKernels<BFloat16> kAttentionBFloat16;                                                       \
-  extern const CrossEntropyKernels<float> kCrossEntropyFloat;                                                       \
-  extern const CrossEntropyKernels<double> kCrossEntropyDouble;                                                     \
-  extern const CrossEntropyKernels<BFloat16> kCrossEntropyBFloat16;                                                 \
-  extern const GeluKernels<float> kGeluFloat;                                                                       \
-  extern const GeluKernels<double> kGeluDouble;                                                                     \
-  extern const GeluKernels<BFloat16> kGeluBFloat16;                                                                 \
-  extern const ArgmaxKernels<float> kArgmaxFloat;                                                                   \
-  extern const ArgmaxKernels<double> kArgmaxDouble;                                                                 \
-  extern const MathKernels<float> kMathFloat;                                                                       \
-  extern const MathKernels<double> kMathDouble;                                                                     \
-  constexpr Kernels<float> kFloat{&kGemmFloat,         &kGruFloat,  &kLstmFloat,   &kAttentionFloat,                \
-                                  &kCrossEntropyFloat, &kGeluFloat, &kArgmaxFloat, &kMathFloat};                    \
-  constexpr Kernels<double> kDouble{&kGemmDouble,         &kGruDouble,  &kLstmDouble,   &kAttentionDouble,          \
-                                    &kCrossEntropyDouble, &kGeluDouble, &kArgmaxDouble, &kMathDouble};              \
-  constexpr Kernels<BFloat16> kBFloat16{&kGruBFloat16, &kLstmBFloat16, &kAttentionBFloat16, &kCrossEntropyBFloat16, \
-                                        &kGeluBFloat16};                                                            \
+#define FASTLM_DECLARE_ISA(isa)                                                                                      \
+  namespace isa {                                                                                                    \
+  extern const GemmKernels<float> kGemmFloat;                                                                        \
+  extern const GemmKernels<double> kGemmDouble;                                                                      \
+  extern const RecurrentKernels<float> kGruFloat, kLstmFloat;                                                        \
+  extern const RecurrentKernels<double> kGruDouble, kLstmDouble;                                                     \
+  extern const RecurrentKernels<BFloat16> kGruBFloat16, kLstmBFloat16;                                               \
+  extern const AttentionKernels<float> kAttentionFloat;                                                              \
+  extern const AttentionKernels<double> kAttentionDouble;                                                            \
+  extern const AttentionKernels<BFloat16> kAttentionBFloat16;                                                        \
+  extern const CrossEntropyKernels<float> kCrossEntropyFloat;                                                        \
+  extern const CrossEntropyKernels<double> kCrossEntropyDouble;                                                      \
+  extern const CrossEntropyKernels<BFloat16> kCrossEntropyBFloat16;                                                  \
+  extern const GeluKernels<float> kGeluFloat;                                                                        \
+  extern const GeluKernels<double> kGeluDouble;                                                                      \
+  extern const GeluKernels<BFloat16> kGeluBFloat16;                                                                  \
+  extern const DropoutKernels<float> kDropoutFloat;                                                                  \
+  extern const DropoutKernels<double> kDropoutDouble;                                                                \
+  extern const DropoutKernels<BFloat16> kDropoutBFloat16;                                                            \
+  extern const ArgmaxKernels<float> kArgmaxFloat;                                                                    \
+  extern const ArgmaxKernels<double> kArgmaxDouble;                                                                  \
+  extern const MathKernels<float> kMathFloat;                                                                        \
+  extern const MathKernels<double> kMathDouble;                                                                      \
+  constexpr Kernels<float> kFloat{&kGemmFloat, &kGruFloat,     &kLstmFloat,   &kAttentionFloat, &kCrossEntropyFloat, \
+                                  &kGeluFloat, &kDropoutFloat, &kArgmaxFloat, &kMathFloat};                          \
+  constexpr Kernels<double> kDouble{&kGemmDouble,      &kGruDouble,          &kLstmDouble,                           \
+                                    &kAttentionDouble, &kCrossEntropyDouble, &kGeluDouble,                           \
+                                    &kDropoutDouble,   &kArgmaxDouble,       &kMathDouble};                          \
+  constexpr Kernels<BFloat16> kBFloat16{&kGruBFloat16,          &kLstmBFloat16, &kAttentionBFloat16,                 \
+                                        &kCrossEntropyBFloat16, &kGeluBFloat16, &kDropoutBFloat16};                  \
   }
 // An instruction set for products of BFloat16; the rest is another's.
-#define FASTLM_DECLARE_BFLOAT16_ISA(isa, rest)                                                                      \
-  namespace isa {                                                                                                   \
-  extern const RecurrentKernels<BFloat16> kGruBFloat16, kLstmBFloat16;                                              \
-  extern const AttentionKernels<BFloat16> kAttentionBFloat16;                                                       \
-  extern const CrossEntropyKernels<BFloat16> kCrossEntropyBFloat16;                                                 \
-  constexpr Kernels<BFloat16> kBFloat16{&kGruBFloat16, &kLstmBFloat16, &kAttentionBFloat16, &kCrossEntropyBFloat16, \
-                                        &rest::kGeluBFloat16};                                                      \
+#define FASTLM_DECLARE_BFLOAT16_ISA(isa, rest)                                                                  \
+  namespace isa {                                                                                               \
+  extern const RecurrentKernels<BFloat16> kGruBFloat16, kLstmBFloat16;                                          \
+  extern const AttentionKernels<BFloat16> kAttentionBFloat16;                                                   \
+  extern const CrossEntropyKernels<BFloat16> kCrossEntropyBFloat16;                                             \
+  constexpr Kernels<BFloat16> kBFloat16{&kGruBFloat16,          &kLstmBFloat16,       &kAttentionBFloat16,      \
+                                        &kCrossEntropyBFloat16, &rest::kGeluBFloat16, &rest::kDropoutBFloat16}; \
   }
 FASTLM_DECLARE_ISA(scalar)
 #if defined(__x86_64__)

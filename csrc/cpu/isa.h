@@ -46,6 +46,11 @@ struct GeluKernels {
   void (*run)(const GeluParams<S>&, int threads, ParallelFor);
 };
 
+template <class S>
+struct DropoutKernels {
+  void (*run)(const DropoutParams<S>&, int threads, ParallelFor);
+};
+
 template <class T>
 struct ArgmaxKernels {
   Argmax<T>* (*make)(const ArgmaxParams<T>&, int threads, ParallelFor);  // the caller's to delete
@@ -67,6 +72,7 @@ struct Kernels {
   const AttentionKernels<T>* attention;
   const CrossEntropyKernels<T>* cross_entropy;
   const GeluKernels<T>* gelu;
+  const DropoutKernels<T>* dropout;
   const ArgmaxKernels<T>* argmax;
   const MathKernels<T>* math;
 };
@@ -76,6 +82,7 @@ struct Kernels<BFloat16> {
   const AttentionKernels<BFloat16>* attention;
   const CrossEntropyKernels<BFloat16>* cross_entropy;
   const GeluKernels<BFloat16>* gelu;
+  const DropoutKernels<BFloat16>* dropout;
 };
 
 // The table of the current ISA.

@@ -11,6 +11,7 @@ if _native.module is None:
 from fastlm.ops import gemm as gemm
 from fastlm.ops.attention import attention, attention_varlen, scaled_dot_product_attention
 from fastlm.ops.cross_entropy import linear_cross_entropy
+from fastlm.ops.dropout import dropout
 from fastlm.ops.gelu import gelu
 from fastlm.ops.gru import gru, gru_cell
 from fastlm.ops.lstm import lstm, lstm_cell
@@ -18,6 +19,7 @@ from fastlm.ops.lstm import lstm, lstm_cell
 __all__ = [
     "attention",
     "attention_varlen",
+    "dropout",
     "gelu",
     "gru",
     "gru_cell",

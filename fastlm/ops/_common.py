@@ -309,6 +309,11 @@ def by_reference(
     return list(every), [state.unsqueeze_(0) for state in last]
 
 
+def draw_seed() -> Tensor:
+    """A seed for dropout by torch's generator; outside of the op, which could not be replayed if it drew it."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64)
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type of the arithmetic on tensors of this one."""
     return torch.float32 if dtype == torch.bfloat16 else dtype

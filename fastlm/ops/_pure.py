@@ -463,4 +463,5 @@ def register() -> None:
         _schema.LIBRARY.impl(function.__name__, _implementation(function, keeps), "CPU")
     _schema.LIBRARY.impl("gelu_forward", reference.gelu, "CPU")
     _schema.LIBRARY.impl("gelu_backward", gelu_backward, "CPU")
+    _schema.LIBRARY.impl("dropout", reference.dropout, "CPU")
     _schema.LIBRARY.impl("gemm", reference.gemm, "CPU")

@@ -44,6 +44,7 @@ SCHEMAS = (
     f" float label_smoothing, {_NEEDED}) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     "gelu_forward(Tensor x) -> Tensor",
     "gelu_backward(Tensor grad_output, Tensor x) -> Tensor",
+    "dropout(Tensor x, Tensor seed, float p) -> Tensor",
     "gemm(Tensor a, Tensor b, bool transpose_a, bool transpose_b, Tensor? bias=None) -> Tensor",
 )
 

@@ -229,7 +229,7 @@ def attention(
     slopes = None if alibi_slopes is None else _check_slopes(alibi_slopes, q, batch, q_heads)
     numbers = _numbers(q, causal, window, scale, softcap, dropout_p)
     if dropout_p and _seed is None:
-        _seed = _draw_seed()
+        _seed = _common.draw_seed()
     options = _Options(keep, bias, slopes, kv_lengths, None, None, _seed, *numbers)
     sinks = None if sinks is None else _check_sinks(sinks, q, q_heads)
     try:
@@ -316,7 +316,7 @@ def attention_varlen(
             raise ValueError(f"{name}: expected an int of at least 0, got {longest!r}")
     slopes = _check_slopes(alibi_slopes, q, q_starts.shape[0] - 1, q.shape[1])
     numbers = _numbers(q, causal, window, scale, softcap, dropout_p)
-    seed = _draw_seed() if dropout_p else None
+    seed = _common.draw_seed() if dropout_p else None
     options = _Options(None, None, slopes, None, q_starts, k_starts, seed, *numbers)
     plain = _common.is_plain(q, k, v)
     return _attend(q, k, v, options, _check_sinks(sinks, q, q.shape[1]), return_lse, plain)
@@ -331,7 +331,7 @@ def attention_with_weights(
     """
     if not need_weights:
         return attention(q, k, v, dropout_p=dropout_p, **arguments), None  # type: ignore[return-value]
-    seed = _draw_seed() if dropout_p > 0 else None
+    seed = _common.draw_seed() if dropout_p > 0 else None
     output = attention(q, k, v, dropout_p=dropout_p, _seed=seed, **arguments)
     assert isinstance(output, Tensor)
     mask, scale = arguments["mask"], arguments["scale"]
@@ -350,11 +350,6 @@ def attention_with_weights(
         factors = reference.dropout_factors(seed, dropout_p, q.shape[:3], k_len)
         weights = weights * factors.to(q.device, weights.dtype)
     return output, weights.to(output.dtype)
-
-
-def _draw_seed() -> Tensor:
-    """A seed for dropout by torch's generator; outside of the op, which could not be replayed if it drew it."""
-    return torch.randint(2**63 - 1, (), dtype=torch.int64)
 
 
 def _check_tensors(tensors: tuple[Any, Any, Any], names: Sequence[str], rank: int, layout: str) -> None:

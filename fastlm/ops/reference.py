@@ -407,6 +407,14 @@ def dropout_factors(seed: Tensor, dropout: float, shape: Sequence[int], k_len: i
     return (x >= threshold).double() * (1 / (1 - dropout) if dropout < 1 else 0.0)
 
 
+def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """Each value times 0 or 1 / (1 - p), by the kernel's generator (csrc/cpu/kernels/dropout.inl)."""
+    row = 65536
+    factors = dropout_factors(seed, p, (-(-x.numel() // row),), min(row, x.numel()))
+    factors = factors.flatten()[: x.numel()].view(x.shape).to(x.device, torch.promote_types(x.dtype, torch.float32))
+    return (x * factors).to(x.dtype)
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

@@ -18,6 +18,7 @@
 #include "cpu/argmax.h"
 #include "cpu/attention.h"
 #include "cpu/cross_entropy.h"
+#include "cpu/dropout.h"
 #include "cpu/gelu.h"
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
@@ -347,6 +348,17 @@ Bytes gelu(int64_t n, const Pool& pool) {
   return results;
 }
 
+template <class S>
+Bytes dropout(int64_t n, const Pool& pool) {
+  generator.seed(static_cast<unsigned>(n));
+  const auto x = random<S>(n);
+  std::vector<S> output(n);
+  cpu::dropout(DropoutParams<S>{n, x.data(), output.data(), 0.25, 7}, pool.threads, pool.run);
+  Bytes results;
+  add(results, output);
+  return results;
+}
+
 template <class Run>
 void same_on_every_pool(const std::string& what, const Run& run) {
   const auto expected = run(kPools[0]);
@@ -397,8 +409,10 @@ void run_models() {
     for (int options = 0; options < kOutputOptions; ++options)
       same_on_every_pool("output layer of " + std::to_string(s.vocab) + " options " + std::to_string(options),
                          [&](const Pool& pool) { return output_layer<S>(s, options, pool); });
-  for (const int64_t n : {1, 63, 1000, 70001})
+  for (const int64_t n : {1, 63, 1000, 70001}) {
     same_on_every_pool("gelu", [&](const Pool& pool) { return gelu<S>(n, pool); });
+    same_on_every_pool("dropout", [&](const Pool& pool) { return dropout<S>(n, pool); });
+  }
 }
 
 template <class T>

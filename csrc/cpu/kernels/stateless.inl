@@ -6,6 +6,7 @@
 #include "cpu/kernels/cross_entropy.inl"
 #ifndef FASTLM_BFLOAT16_ONLY
 #include "cpu/kernels/argmax.inl"
+#include "cpu/kernels/dropout.inl"
 #include "cpu/kernels/gelu.inl"
 #include "cpu/kernels/gemm_entry.inl"
 #include "cpu/kernels/math.inl"

@@ -48,7 +48,8 @@ class StreamStack final : public Stream<S> {
   Stream<S>* clone() const override { return new StreamStack(*this); }
 
   void run(const S* x, S* output, int64_t steps, int max_threads, ParallelFor parallel_for) override {
-    const auto plan = plan_for(steps, max_threads);
+    auto plan = plan_for(steps, max_threads);
+    plan.backwards = backwards_ = !backwards_;
     Workspace workspace;
     Scratch longer;
     if (steps > 1) {
@@ -192,6 +193,7 @@ class StreamStack final : public Stream<S> {
   Workspace own_;
   std::vector<ForwardBuffers<S, P>> layers_;  // packed_'s, with this stream's states; h[0] is the current one
   Scratch scratch_;                           // for one step
+  bool backwards_ = false;                    // the last step: every second one meets what the one before left in cache
 };
 
 template <class S, class Cell>

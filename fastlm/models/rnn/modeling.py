@@ -12,7 +12,7 @@ from fastlm.models._causal import CausalLM
 from fastlm.models.rnn.cache import RNNCache
 from fastlm.models.rnn.configuration import RNNConfig
 from fastlm.models.rnn.generation import Engine
-from fastlm.nn import GRU, LSTM
+from fastlm.nn import GRU, LSTM, Dropout
 
 
 class RNNPreTrainedModel(PreTrainedModel):
@@ -47,7 +47,7 @@ class RNNModel(RNNPreTrainedModel):
     def __init__(self, config: RNNConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.rnn = (GRU if config.cell == "gru" else LSTM)(
             config.embedding_size,
             config.hidden_size,
@@ -164,7 +164,7 @@ class RNNForCausalLM(CausalLM, RNNPreTrainedModel, GenerationMixin):
     def __init__(self, config: RNNConfig) -> None:
         super().__init__(config)
         self.model = RNNModel(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         width = config.embedding_size if config.tie_word_embeddings else config.hidden_size
         # Embeddings are E wide and the stack's output H.
         self.projection = nn.Identity() if width == config.hidden_size else nn.Linear(config.hidden_size, width, False)

@@ -4,7 +4,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -87,12 +86,8 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x: Tensor, call: _Call) -> Tensor:
         """Of x (B T, E), which has the shape of what is returned."""
-        x = x + _drop(self.self_attn(self.input_layernorm(x), call), call.dropout)
-        return x + _drop(self.mlp(self.post_attention_layernorm(x)), call.dropout)
-
-
-def _drop(x: Tensor, dropout: float) -> Tensor:
-    return F.dropout(x, dropout) if dropout else x
+        x = x + ops.dropout(self.self_attn(self.input_layernorm(x), call), call.dropout)
+        return x + ops.dropout(self.mlp(self.post_attention_layernorm(x)), call.dropout)
 
 
 class TransformerPreTrainedModel(PreTrainedModel):
@@ -211,7 +206,7 @@ class TransformerModel(TransformerPreTrainedModel):
         if mask is not None and own_mask:
             mask = mask[:, None, None]
         # As rows: a linear layer on (B, T, E) would make views before and after its product.
-        x = _drop((embeddings + self._embed_positions(position_ids, seen, steps)).view(-1, width), dropout)
+        x = ops.dropout((embeddings + self._embed_positions(position_ids, seen, steps)).view(-1, width), dropout)
         call = _Call(batch, steps, seen, mask, own_mask, cache, dropout)
         for layer in self.layers:
             x = layer(x, call)
