@@ -9,6 +9,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 
+import torch
+
 from fastlm import _native
 
 NAMES = ("reference", "cpu", "cuda", "triton")
@@ -71,10 +73,13 @@ def fall_back(reason: str) -> None:
         raise RuntimeError(f"fastlm (FASTLM_STRICT=1): no kernel covers this call: {reason}")
     if reason not in _warned:
         _warned.add(reason)
-        # At the first caller outside of fastlm's own operations and modules.
-        warnings.warn(
-            f"fastlm runs the plain reference: {reason}", FastlmFallbackWarning, stacklevel=_depth_of_caller()
-        )
+        _warn(f"fastlm runs the plain reference: {reason}")
+
+
+@torch.compiler.assume_constant_result  # while compiling it is told at once, and not traced
+def _warn(message: str) -> None:
+    """At the first caller outside of fastlm's own operations and modules."""
+    warnings.warn(message, FastlmFallbackWarning, stacklevel=_depth_of_caller())
 
 
 def _depth_of_caller() -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastlm import _backend, _native, _trace, ops
 from fastlm.nn._twin import read_weights
@@ -57,6 +58,10 @@ class Stream:
         self._step_shape = (batch, module.input_size)
         self._out_shape = (batch, module.hidden_size)
         self._states_shape = (module.num_layers, batch, module.hidden_size)
+        self._bytes = (
+            batch * module.input_size * self._dtype.itemsize,
+            batch * module.hidden_size * self._dtype.itemsize,
+        )
         self._engine = self._make_engine()
 
     def step(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -64,11 +69,12 @@ class Stream:
 
         Args:
             x (Tensor): (B, I), dtype of the module, on the CPU.
-            out (Tensor, optional): (B, H), dense, dtype of the module: filled and returned, nothing is allocated.
+            out (Tensor, optional): (B, H), dense, dtype of the module: filled and returned, nothing is allocated. It
+                may be x.
 
         Raises:
             ValueError: wrong shape, dtype or device, or an `out` that is not dense (it names the argument).
-            RuntimeError: x requires a gradient while gradients are recorded.
+            RuntimeError: x or `out` requires a gradient while gradients are recorded, or x has a tangent.
         """
         if (
             not isinstance(x, Tensor)
@@ -76,17 +82,21 @@ class Stream:
             or x.dtype is not self._dtype
             or x.requires_grad
             or not x.is_cpu
+            or forward_ad._current_level >= 0
         ):
             self._check_input(x, self._step_shape, "(B, I)")
         if out is None:
-            out = torch.empty(self._out_shape, dtype=self._dtype)
-        elif (
-            not isinstance(out, Tensor)
-            or out.shape != self._out_shape
-            or out.dtype is not self._dtype
-            or not (out.is_cpu and out.is_contiguous())
-        ):
-            self._check_out(out)
+            out = torch.empty(self._out_shape, dtype=self._dtype, device="cpu")
+        else:
+            if (
+                not isinstance(out, Tensor)
+                or out.shape != self._out_shape
+                or out.dtype is not self._dtype
+                or out.requires_grad
+                or not (out.is_cpu and out.is_contiguous())
+            ):
+                self._check_out(out)
+            x = self._apart_from(out, x)
         self._engine.run(x if x.is_contiguous() else x.contiguous(), out, 1)
         return out
 
@@ -135,8 +145,8 @@ class Stream:
 
         c is float32 where the module is bfloat16. May be set to such values (or to None: zeros).
         """
-        h = torch.empty(self._states_shape, dtype=self._dtype)
-        c = torch.empty(self._states_shape, dtype=self._cell_dtype) if self._lstm else None
+        h = torch.empty(self._states_shape, dtype=self._dtype, device="cpu")
+        c = torch.empty(self._states_shape, dtype=self._cell_dtype, device="cpu") if self._lstm else None
         self._engine.read_state(h, c)
         return (h, c) if self._lstm else h
 
@@ -166,7 +176,9 @@ class Stream:
         return self.clone()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Stream":
-        return self.clone()
+        twin = self.clone()
+        twin._module = copy.deepcopy(self._module, memo)
+        return twin
 
     def refresh(self) -> None:
         """Packs the module's weights again, after they changed; states stay.
@@ -209,6 +221,15 @@ class Stream:
             raise ValueError(f"x: expected a CPU tensor, got device {x.device}")
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("x: a Stream gives no gradients; call it under torch.no_grad() or use the module itself")
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError("x: a Stream gives no tangents; use the module itself")
+
+    def _apart_from(self, out: Tensor, x: Tensor) -> Tensor:
+        """x, or a copy where writing to `out` would change it; autograd learns of the writing."""
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)
+        distance = out.data_ptr() - x.data_ptr()
+        return x.clone() if -self._bytes[1] < distance < self._bytes[0] else x
 
     def _check_out(self, out: Any) -> None:
         if not isinstance(out, Tensor):
@@ -216,7 +237,10 @@ class Stream:
         _common.check_shape("out", out, self._out_shape, "(B, H)")
         if out.dtype != self._dtype:
             raise ValueError(f"out: expected dtype {self._dtype} (the module's), got {out.dtype}")
-        raise ValueError("out: expected a dense CPU tensor")
+        if not (out.is_cpu and out.is_contiguous()):
+            raise ValueError("out: expected a dense CPU tensor")
+        if torch.is_grad_enabled():
+            raise RuntimeError("out: expected a Tensor without requires_grad, or a call under torch.no_grad()")
 
 
 class _Kernels:
@@ -282,8 +306,8 @@ class _Reference:
             for weight in layer[:2]:
                 assert weight is not None
                 weight.copy_(weight.bfloat16())
-        self._h = torch.zeros(states_shape, dtype=cell_dtype)
-        self._c = torch.zeros(states_shape, dtype=cell_dtype)
+        self._h = torch.zeros(states_shape, dtype=cell_dtype, device="cpu")
+        self._c = torch.zeros(states_shape, dtype=cell_dtype, device="cpu")
 
     @torch.no_grad()
     def run(self, x: Tensor, out: Tensor, steps: int) -> None:

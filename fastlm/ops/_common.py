@@ -1,6 +1,7 @@
 """What every public function does before its op: checks, autocast, choice of back end."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -131,7 +132,7 @@ def integers(name: str, values: Any) -> Tensor:
         if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
             raise TypeError(f"{name}: expected whole numbers, got {values}")
         try:
-            return torch.tensor(values, dtype=torch.int64)
+            return torch.tensor(values, dtype=torch.int64, device="cpu")
         except (RuntimeError, ValueError):
             raise ValueError(f"{name}: expected numbers of 64 bits, got {values}") from None
     if not isinstance(values, Tensor):
@@ -179,12 +180,18 @@ def is_plain(x: Any, *others: Any) -> bool:
     )
 
 
+@torch.compiler.assume_constant_result
+def _transforms() -> bool:
+    """True under a transform of `torch.func`; while compiling too, which traces what stands under one by itself."""
+    return _functorch_level() is not None
+
+
 def composed_path(*tensors: Tensor | None) -> bool:
     """True where derivatives need the op written out: `torch.func` transforms and forward-mode AD.
 
     An op with a registered backward would return a silent zero tangent there. This is no fallback.
     """
-    if _functorch_level() is not None:
+    if _transforms():
         return True
     if forward_ad._current_level < 0:
         return False
@@ -301,17 +308,18 @@ def by_reference(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What `run` gives of steps and states (B, H), tensors of all steps and last states, in the forms of the ops."""
     flat = [state if state is None or state.dim() == 2 else state.squeeze(0) for state in states]
-    if x.dim() == 2 and sequences.batch_sizes is None:
-        every, last = run(x.unsqueeze(0), flat)
+    one_step = x.dim() == 2 and sequences.batch_sizes is None
+    with without_autocast(x):
+        every, last = run(x.unsqueeze(0) if one_step else x, flat)
+    if one_step:
         return [tensor.squeeze(0) for tensor in every], list(last)
-    every, last = run(x, flat)
     # In place, for a view would refuse the usual `h_n.detach_()`.
     return list(every), [state.unsqueeze_(0) for state in last]
 
 
 def draw_seed() -> Tensor:
     """A seed for dropout by torch's generator; outside of the op, which could not be replayed if it drew it."""
-    return torch.randint(2**63 - 1, (), dtype=torch.int64)
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -329,24 +337,32 @@ def contiguous_or_none(grad: Tensor | None) -> Tensor | None:
     return None if grad is None else grad.contiguous()
 
 
-def recompute(function: Callable[[], _R]) -> _R:
-    """Runs the reference so that autograd records it, for a backward that is itself to be differentiated."""
-    with torch.enable_grad():
-        return function()
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Where operations keep the dtypes that they are given: what an autocast asks for was done before."""
+    device_type = x.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def composed_grads(
-    outputs: tuple[Tensor, ...],
-    grad_outputs: tuple[Tensor | None, ...],
-    inputs: tuple[Tensor | None, ...],
-    needed: tuple[bool, ...],
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    grad_outputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the needed inputs through a recorded reference call, differentiable where grad mode is on."""
+    """Gradients of the needed inputs of function(*inputs), differentiable where grad mode is on."""
+    with torch.enable_grad():
+        # Views: the inputs may be one tensor, be made of one another and have hooks, of which autograd takes care. A
+        # gradient here is that of one argument.
+        arguments = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        with without_autocast(next(tensor for tensor in inputs if tensor is not None)):
+            outputs = function(*arguments)
     pairs = zip(outputs, grad_outputs, strict=True)
     used = [(out, grad) for out, grad in pairs if grad is not None and out.requires_grad]
     if not used:  # what arrives does not depend on what is needed
         return (None,) * len(inputs)
-    wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need and tensor is not None]
+    wanted = [tensor for tensor, need in zip(arguments, needed, strict=True) if need and tensor is not None]
     grads = iter(
         torch.autograd.grad(
             [out for out, _ in used],

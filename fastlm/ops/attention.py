@@ -485,7 +485,8 @@ def _run(q: Tensor, k: Tensor, v: Tensor, options: _Options, plain: bool) -> tup
     (q, k, v, bias), kernel = _common.plan("attention", (q, k, v, bias))
     options = options._replace(bias=bias)
     if not kernel:
-        return reference.attention(q, k, v, *options)
+        with _common.without_autocast(q):
+            return reference.attention(q, k, v, *options)
     return _common.call(_forward, _common.requires_grad(q, k, v, bias), q, k, v, *options)
 
 
@@ -537,9 +538,11 @@ def _autograd_backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | 
         return nothing
     needed = (*ctx.needs_input_grad[:3], ctx.needs_input_grad[4])
     if torch.is_grad_enabled():
-        outputs = _common.recompute(lambda: reference.attention(q, k, v, *options))
-        leaves = (q, k, v, options.bias)
-        grads = _common.composed_grads(outputs, (grad_output, grad_lse), leaves, needed)
+
+        def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+            return reference.attention(q, k, v, *options._replace(bias=bias))
+
+        grads = _common.composed_grads(run, (q, k, v, options.bias), (grad_output, grad_lse), needed)
     else:
         grad_output = torch.zeros_like(output) if grad_output is None else grad_output
         grads = _common.call(_backward, False, grad_output, grad_lse, q, k, v, output, lse, *options, needed[3])

@@ -67,9 +67,10 @@ def linear_cross_entropy(
     if kernel:
         loss = _run(rows, weight, bias, classes, ignore_index, reduction, float(label_smoothing))
     else:
-        loss = reference.linear_cross_entropy(
-            rows, weight, classes, bias, ignore_index, reduction, float(label_smoothing)
-        )
+        with _common.without_autocast(rows):
+            loss = reference.linear_cross_entropy(
+                rows, weight, classes, bias, ignore_index, reduction, float(label_smoothing)
+            )
     return loss.view(target.shape) if reduction == "none" else loss
 
 
@@ -185,8 +186,11 @@ def _autograd_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[An
     needed = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():
         options = (ctx.ignore_index, _REDUCTIONS[ctx.reduction], ctx.label_smoothing)
-        loss = _common.recompute(lambda: reference.linear_cross_entropy(hidden, weight, target, bias, *options))
-        return (*_common.composed_grads((loss,), (grad_loss,), (hidden, weight, bias), needed), *rest)
+
+        def run(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
+            return (reference.linear_cross_entropy(hidden, weight, target, bias, *options),)
+
+        return (*_common.composed_grads(run, (hidden, weight, bias), (grad_loss,), needed), *rest)
     if all(formed or not need for formed, need in zip(ctx.formed, needed, strict=True)):
         grads = [_scaled(grad, grad_loss) if need else None for grad, need in zip(grads, needed, strict=True)]
     else:
@@ -202,8 +206,12 @@ def _autograd_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[An
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
     """A formed gradient times what arrives, which mostly is 1."""
-    if type(factor) is Tensor and not torch.compiler.is_compiling() and factor == 1:  # a subclass may have no value
-        return grad
+    if type(factor) is Tensor and not torch.compiler.is_compiling():  # a subclass may have no value
+        try:
+            if factor == 1:
+                return grad
+        except RuntimeError:
+            pass  # nor has a batch of them, or a meta tensor
     return (grad * factor).to(grad.dtype)
 
 

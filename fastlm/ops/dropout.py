@@ -57,7 +57,7 @@ def _run(x: Tensor, seed: Tensor, p: float, plain: bool) -> Tensor:
     if plain:
         return (_recorded if _common.requires_grad(x) else _plain)(x, seed, p)  # type: ignore[return-value]
     # As torch's own it keeps its input's dtype under autocast.
-    with torch.autocast(x.device.type, enabled=False):
+    with _common.without_autocast(x):
         _, kernel = _common.plan("dropout", (x,))
         return _common.call(_op, _common.requires_grad(x), x, seed, p) if kernel else reference.dropout(x, seed, p)
 

@@ -34,7 +34,7 @@ def gelu(x: Tensor) -> Tensor:
         return (_recorded if _common.requires_grad(x) else _forward_plain)(x)  # type: ignore[return-value]
     _common.check_same({"x": x})
     # As torch's own it keeps its input's dtype under autocast.
-    with torch.autocast(x.device.type, enabled=False):
+    with _common.without_autocast(x):
         _, kernel = _common.plan("gelu", (x,))
         return _common.call(_forward, _common.requires_grad(x), x) if kernel else reference.gelu(x)
 
@@ -56,8 +56,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd_backward(ctx: Any, grad_output: Tensor) -> Tensor | None:
     (x,) = ctx.saved_tensors
     if torch.is_grad_enabled():
-        output = _common.recompute(lambda: reference.gelu(x))
-        return _common.composed_grads((output,), (grad_output,), (x,), (True,))[0]
+        return _common.composed_grads(lambda x: (reference.gelu(x),), (x,), (grad_output,), (True,))[0]
     return _common.call(_backward, False, grad_output, x)
 
 

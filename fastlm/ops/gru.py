@@ -191,8 +191,10 @@ def _autograd_backward(ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | 
         return (*(None for _ in inputs), *no_gradients)
     needed = ctx.needs_input_grad[:6]
     if torch.is_grad_enabled() or not ctx.save:
-        outputs = _common.recompute(lambda: _reference(inputs, sequences, ctx.reverse))
-        return (*_common.composed_grads(outputs, (grad_output, grad_h_n), inputs, needed), *no_gradients)
+        grads = _common.composed_grads(
+            lambda *tensors: _reference(tensors, sequences, ctx.reverse), inputs, (grad_output, grad_h_n), needed
+        )
+        return (*grads, *no_gradients)
     need_x, need_h0, *need_weights = needed
     grads = _common.call(
         _backward,

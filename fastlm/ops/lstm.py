@@ -263,8 +263,9 @@ def _autograd_backward(
         return (*(None for _ in inputs), *no_gradients)
     needed = ctx.needs_input_grad[:7]
     if torch.is_grad_enabled() or not ctx.save:
-        outputs = _common.recompute(lambda: _reference(inputs, sequences, ctx.reverse))
-        grads = _common.composed_grads(outputs, grad_outputs, tuple(inputs), needed)
+        grads = _common.composed_grads(
+            lambda *tensors: _reference(tensors, sequences, ctx.reverse), inputs, grad_outputs, needed
+        )
         return (*grads, *no_gradients)
     need_x, need_h0, need_c0, *need_weights = needed
     *kernel_grads, grad_bias = _common.call(

@@ -358,7 +358,7 @@ def attention_scores(
 ) -> tuple[Tensor, Tensor]:
     """The scores (B, H, Tq, Tk), -inf where a key is not seen; and the same as softcap left them."""
     q_len, k_len = q.shape[2], k.shape[2]
-    lengths = torch.full((q.shape[0],), k_len) if kv_lengths is None else kv_lengths
+    lengths = torch.full((q.shape[0],), k_len, device=q.device) if kv_lengths is None else kv_lengths
     lengths = lengths.to(q.device).view(-1, 1, 1, 1)
     keys = torch.arange(k_len, device=q.device)
     position = torch.arange(q_len, device=q.device)[:, None] + (lengths - q_len if lower_right else 0 * lengths)
@@ -385,7 +385,7 @@ def dropout_factors(seed: Tensor, dropout: float, shape: Sequence[int], k_len: i
 
     By the hash of the kernels (csrc/cpu/kernels/attention_scores.inl).
     """
-    rows = torch.arange(math.prod(shape)).view(tuple(shape))
+    rows = torch.arange(math.prod(shape), device="cpu").view(tuple(shape))
 
     def shifted(z: Tensor, bits: int) -> Tensor:  # of 64 bits, without the sign's
         return (z >> bits) & ((1 << (64 - bits)) - 1)

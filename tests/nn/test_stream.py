@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import fastlm
 from fastlm import _native
@@ -289,3 +290,44 @@ def test_streams_in_many_threads() -> None:
     with ThreadPoolExecutor(4) as pool:
         got = list(pool.map(lambda stream: torch.stack([stream.step(step) for step in x]), streams))
     assert all(torch.allclose(each, expected, atol=1e-6) for each in got)
+
+
+@kinds
+@torch.no_grad()
+def test_out_may_be_the_input(kind: str) -> None:
+    for sizes, batch in (((64, 64), 1), ((65, 65), 3), ((16, 48), 2)):
+        stream, memory = Stream(make(kind, *sizes), batch), torch.randn(2 * batch * 65)
+        x, out = memory[: batch * sizes[0]].view(batch, -1), memory[: batch * sizes[1]].view(batch, -1)
+        expected = stream.clone().step(x.clone())
+        assert torch.equal(stream.clone().step(x.clone(), out=torch.empty_like(out)), expected)
+        assert torch.equal(stream.step(x, out=out), expected)
+
+
+def test_autograd_sees_that_out_is_written() -> None:
+    stream, out, head = Stream(make("GRU", 3, 4), 2), torch.zeros(2, 4), torch.nn.Linear(4, 1)
+    stream.step(torch.randn(2, 3), out=out)
+    loss = head(out).sum()
+    stream.step(torch.randn(2, 3), out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        assert stream.step(torch.randn(2, 3), out=torch.zeros(2, 4)).is_inference()
+    with pytest.raises(RuntimeError, match="out: expected a Tensor without requires_grad"):
+        stream.step(torch.randn(2, 3), out=torch.zeros(2, 4, requires_grad=True))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="x: a Stream gives no tangents"):
+        stream.step(forward_ad.make_dual(torch.randn(2, 3), torch.randn(2, 3)))
+
+
+def test_a_copied_model_packs_its_own_weights() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = torch.nn.GRU(3, 4)
+            self.stream = Stream(self.rnn, 2)
+
+    model = copy.deepcopy(Model())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.stream.refresh()
+        assert model.stream.step(torch.randn(2, 3)).eq(0).all()

@@ -216,3 +216,53 @@ def test_isa_by_environment_and_by_call() -> None:
     with pytest.raises(ValueError, match="sse9"):
         module.set_cpu_isa("sse9")
     assert set(usable) <= set(module.build_info()["isas"])
+
+
+def test_the_reference_runs_without_autocast() -> None:
+    """What an autocast asks for is done before it: sums stay in float32."""
+    q = torch.randn(2, 4, 64, 32)
+    rounded = q.bfloat16()
+    expected, lse = fastlm.ops.attention(rounded, rounded, rounded, return_lse=True)
+    with torch.autocast("cpu", torch.bfloat16), fastlm.backend("reference"):
+        output, got = fastlm.ops.attention(q, q, q, return_lse=True)
+    assert (output.dtype, got.dtype) == (torch.bfloat16, torch.float32)
+    assert (got - lse).abs().max() < 1e-4
+    assert (output - expected).abs().max() <= 2**-6
+
+    module, x = fastlm.nn.LSTM(32, 48, proj_size=16), torch.randn(9, 3, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = module(x)[0]
+    expected = module.bfloat16()(x.bfloat16())[0]
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize(
+    "call", ["lengths", "kv_lengths", "packed", "attention dropout", "dropout", "reference", "stream"]
+)
+def test_a_default_device_is_for_tensors_without_one(call: str) -> None:
+    module, x, q = fastlm.nn.GRU(3, 4), torch.randn(5, 2, 3), torch.randn(1, 2, 3, 4)
+    rows, stream = q[0].transpose(0, 1).contiguous(), fastlm.nn.Stream(module, 2)
+
+    def run() -> Tensor:
+        torch.manual_seed(1)
+        if call == "lengths":
+            return module(x, lengths=[3, 5])[0]
+        if call == "kv_lengths":
+            return fastlm.ops.attention(q, q, q, kv_lengths=[2])  # type: ignore[return-value]
+        if call == "packed":
+            return fastlm.ops.attention_varlen(rows, rows, rows, [0, 1, 3], [0, 1, 3])  # type: ignore[return-value]
+        if call == "attention dropout":
+            return fastlm.ops.attention(q, q, q, dropout_p=0.5)  # type: ignore[return-value]
+        if call == "dropout":
+            return fastlm.ops.dropout(q)
+        if call == "reference":
+            with fastlm.backend("reference"):
+                return fastlm.ops.attention(q, q, q, causal="lower_right", dropout_p=0.5)  # type: ignore[return-value]
+        stream.reset()
+        stream.step(x[0])
+        return stream.state
+
+    with torch.no_grad():
+        expected = run()
+        with torch.device("meta"):  # any that is not the CPU
+            assert torch.equal(run(), expected)

@@ -262,3 +262,29 @@ def test_shapes_without_data(kind: str, where: str) -> None:
         assert (value.shape, value.dtype, value.stride()) == (
             expected[name].shape, expected[name].dtype, expected[name].stride()
         ), name  # fmt: skip
+
+
+def test_compile_tells_of_the_reference_at_once() -> None:
+    module = fastlm.nn.LSTM(3, 4, proj_size=2)
+    x = torch.randn(5, 2, 3)
+    with pytest.warns(fastlm.FastlmFallbackWarning, match="projection"):
+        output = torch.compile(module, backend="aot_eager", fullgraph=True)(x)[0]
+    assert torch.equal(output, module(x)[0])
+
+
+@pytest.mark.parametrize("name", ["GRUCell", "GRU", "LSTM"])
+def test_compile_of_a_transform(name: str) -> None:
+    module = getattr(fastlm.nn, name)(3, 4)
+    parameters = dict(module.named_parameters())
+    x = torch.randn(*((2,) if name == "GRUCell" else (5, 2)), 3)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        output = torch.func.functional_call(module, parameters, (x,))
+        return (output if isinstance(output, Tensor) else output[0]).pow(2).sum()
+
+    grads = torch.func.grad(loss)
+    compiled = torch.compile(grads, backend="aot_eager", fullgraph=True)
+    for got, expected in zip(compiled(parameters, x).values(), grads(parameters, x).values(), strict=True):
+        torch.testing.assert_close(got, expected)
+    plain = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(plain(parameters, x), loss(parameters, x))

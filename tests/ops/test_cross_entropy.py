@@ -342,3 +342,17 @@ def test_a_bad_target_is_told_under_compile_too() -> None:
     compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
     with pytest.raises(ValueError, match="target"):
         compiled(good.hidden, good.weight, torch.full((6,), 10))
+
+
+def test_gradients_of_several_losses_at_once() -> None:
+    hidden, target, weight = torch.randn(3, 4), torch.randint(7, (3,)), torch.randn(7, 4)
+
+    def loss(weight: Tensor) -> Tensor:
+        return fastlm.ops.linear_cross_entropy(hidden, weight, target)
+
+    expected = torch.autograd.functional.jacobian(loss, weight)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(loss, weight, vectorize=True), expected)
+    weight = torch.randn(7, 4, device="meta", requires_grad=True)
+    fastlm.ops.linear_cross_entropy(hidden.to("meta"), weight, target.to("meta")).backward()
+    assert weight.grad is not None
+    assert weight.grad.shape == (7, 4)
