@@ -54,7 +54,11 @@ int64_t TeamState::take(int owner, uint16_t round, int64_t begin, int64_t end, b
     const auto ahead = static_cast<int16_t>(static_cast<uint16_t>(seen >> 48) - round);
     if (ahead > 0) return -1;  // the owner is rounds further
     if (ahead == 0) begin = seen >> 24 & 0xffffff, end = seen & 0xffffff;
-    if (begin >= end) return -1;
+    if (begin >= end) {
+      // A round without items is noted too: one that nobody ever noted would in time look like one to come.
+      if (ahead < 0 && !left.compare_exchange_weak(seen, uint64_t{round} << 48, std::memory_order_relaxed)) continue;
+      return -1;
+    }
     const int64_t from = last ? begin : begin + 1, to = last ? end - 1 : end;
     if (left.compare_exchange_weak(seen, uint64_t{round} << 48 | from << 24 | to, std::memory_order_relaxed))
       return last ? to : begin;

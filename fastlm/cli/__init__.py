@@ -20,7 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        print(f"error: {_describe(error)}", file=sys.stderr)
+        if text := _describe(error):  # empty where the help was printed for want of arguments
+            print(f"error: {text}", file=sys.stderr)
         return 2
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fastlm.cli.options import CheckpointFolder, Debug, Threads
+from fastlm.cli.options import CheckpointFolder, Debug
 
 
 def generate(
@@ -18,7 +18,7 @@ def generate(
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token each time.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Makes the text repeatable.")] = None,
     interactive: Annotated[bool, typer.Option("--interactive", help="Ask for prompts until end of input.")] = False,
-    threads: Threads = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     debug: Debug = False,
 ) -> None:
     """Let a model write, after a prompt or after each line typed (--interactive)."""
@@ -26,24 +26,29 @@ def generate(
 
     from fastlm import training
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     loaded = training.Checkpoint.load(checkpoint)
 
     def write(text: str) -> None:
-        print(text, end="", flush=True)
+        begun = False
+
+        def show(piece: str) -> None:  # the prompt with its first piece: a bad prompt is not shown
+            nonlocal begun
+            print(piece if begun else text + piece, end="", flush=True)
+            begun = True
+
         training.generate(
             loaded,
             text,
             max_new_tokens,
-            lambda piece: print(piece, end="", flush=True),
+            show,
             do_sample=not greedy,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             seed=seed,
         )
-        print(flush=True)
+        print("" if begun else text, flush=True)
 
     if not interactive:
         write(prompt)
@@ -55,6 +60,8 @@ def generate(
             write(line)
         except KeyboardInterrupt:  # ends the text, not the conversation
             print()
+        except ValueError as error:  # of this line alone
+            print(f"error: {error}", file=sys.stderr)
 
 
 def _ask() -> str | None:

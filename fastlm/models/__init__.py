@@ -8,6 +8,7 @@ except ImportError as error:
     ) from error
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastlm.models.rnn import RNNCache, RNNConfig, RNNForCausalLM, RNNModel
 from fastlm.models.transformer import TransformerConfig, TransformerForCausalLM, TransformerModel
@@ -29,3 +30,5 @@ for _config, _model, _causal_lm in (
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
     AutoModelForCausalLM.register(_config, _causal_lm, exist_ok=True)
+    # By this transformers' Trainer knows that it is to shift labels before it smooths them.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_config.model_type] = _causal_lm.__name__

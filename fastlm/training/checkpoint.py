@@ -38,7 +38,11 @@ class Checkpoint(NamedTuple):
         """
         quiet()
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{folder}: expected the folder of a trained model, found no config.json")
+            unfinished = "; the run in it is not finished: go on with fastlm train lm --resume"
+            raise ValueError(
+                f"{folder}: expected the folder of a trained model, found no config.json"
+                f"{unfinished if (folder / FILE_NAME).is_file() else ''}"
+            )
         options = TrainingOptions.load(folder if (folder / FILE_NAME).is_file() else folder.absolute().parent)
         register()
         model = AutoModelForCausalLM.from_pretrained(
@@ -119,6 +123,10 @@ def generate(
         if text:
             emit(text)
 
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError("prompt: expected UTF-8 text, got bytes that are none") from None
     tokens = tokenizer(prompt or "\n")["input_ids"]
     if not tokens:
         raise ValueError(f"prompt: expected text that the vocabulary knows, got {prompt!r}")

@@ -55,6 +55,8 @@ def split_file(path: Path, normalizer: Normalizer, validation: float) -> tuple[S
         OSError: the file cannot be read.
         ValueError: it is no UTF-8 text, or there is none in it.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path}: expected a regular file, for it is read more than once")
     total = sum(len(normalizer.normalize_str(piece)) for piece in _pieces(path))
     if total == 0:
         raise ValueError(f"{path}: expected text, got an empty file")

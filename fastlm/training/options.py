@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -93,9 +94,13 @@ class TrainingOptions:
             if value is not None and ((low is not None and not value >= low) or (high is not None and value > high)):
                 expected = f"at least {low}" if high is None else f"{low} to {high}"
                 raise ValueError(f"{option.name}: expected {expected}, got {value}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{option.name}: expected a finite number, got {value}")
             choices = get_args(get_type_hints(type(self))[option.name])
             if choices and isinstance(choices[0], str) and value not in choices:
                 raise ValueError(f"{option.name}: expected one of {', '.join(choices)}, got {value}")
+        if self.lr == 0:
+            raise ValueError("lr: expected a number above 0, got 0")
         if self.steps is not None and self.epochs is not None:
             raise ValueError("steps, epochs: expected one of them, got both")
         if self.save_every is not None and self.save_every % self.eval_every:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,10 +81,14 @@ def train(
         OSError, ValueError: the data, an option or the output folder is no good, or the loss never was a number; the
             message says which and why.
     """
+    if resume and overwrite:
+        raise ValueError("resume, overwrite: expected one of them, got both")
     options = options.resolved()
     output = options.output.absolute()  # type: ignore[union-attr]
     if not resume:
         _check_free(output, overwrite)
+    if overwrite and options.data is not None and options.data.resolve().is_relative_to(output.resolve()):
+        raise ValueError(f"{options.data}: expected data outside of {output}, which would be replaced")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     quiet()
@@ -217,7 +222,7 @@ def _make_arguments(options: TrainingOptions, output: Path, batch_size: int, eva
         "constant": ("constant_with_warmup", {}),
         "linear": ("polynomial", {"lr_end": lowest, "power": 1.0}),
         "cosine": ("cosine_with_min_lr", {"min_lr": lowest}),
-    }[options.schedule]
+    }["constant" if options.min_lr == 1 else options.schedule]
     length = {"num_train_epochs": options.epochs} if options.steps is None else {"max_steps": options.steps}
     return TrainingArguments(
         str(output),
@@ -271,16 +276,20 @@ def _check_free(output: Path, overwrite: bool) -> None:
 
 def _prepare_folder(output: Path, options: TrainingOptions, tokenizer: PreTrainedTokenizerFast, replace: bool) -> None:
     if replace and output.exists():
-        shutil.rmtree(output)
-    output.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(output.resolve())
+    output.resolve().mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(output)
     options.save(output)
 
 
 def last_checkpoint(output: Path) -> str | None:
-    """The newest complete checkpoint of a run; incomplete ones, which a kill left behind, are removed."""
+    """The newest complete checkpoint of a run; incomplete ones, which a kill left behind, are removed.
+
+    What else there is in the folder is not touched.
+    """
     complete = []
-    for folder in output.glob("checkpoint-*"):
+    folders = [it for it in output.iterdir() if re.fullmatch(r"checkpoint-\d+", it.name) and it.is_dir()]
+    for folder in folders:
         try:
             json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # what is written last
         except (OSError, ValueError):

@@ -122,21 +122,38 @@ class LanguageModelTrainer(Trainer):
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         position = super()._init_training_state(*args, **kwargs)
-        self._locate_best()
+        self.state.compute_steps(self.args, self.state.max_steps)  # those of a checkpoint may have been others
+        best = self._best_folder()
+        self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        if self.state.best_model_checkpoint is None:  # what is gone cannot be the best of the run
+            self.state.best_metric = self.state.best_global_step = None
         return position
 
-    def _locate_best(self) -> None:
-        """The run's folder may have moved since the checkpoint was saved."""
-        if self.state.best_global_step:
-            best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
-            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """Only a validation whose weights are saved can be the best."""
+        return self.control.should_save and super()._determine_best_metric(*args, **kwargs)
+
+    def _best_folder(self) -> Path:
+        """Where it is now: the run's folder may have moved since."""
+        return Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
 
     def restore_best(self, checkpoint: str) -> None:
-        """Takes over a checkpoint of the last step and its run's best weights, without training."""
+        """Takes over a checkpoint of the last step and its run's best weights, without training.
+
+        Raises:
+            ValueError: these are gone.
+        """
         self.state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
-        self._locate_best()
-        if self.state.best_model_checkpoint is not None:
-            self._load_best_model()
+        self.state.max_steps = self.state.global_step
+        if self.state.best_global_step is None:  # stopped before it was validated
+            self._load_from_checkpoint(checkpoint)
+            self.state.best_metric = self.evaluate()["eval_loss"]
+            return
+        best = self._best_folder()
+        if not best.is_dir():
+            raise ValueError(f"{best}: expected the checkpoint with the run's best weights, found none")
+        self.state.best_model_checkpoint = str(best)
+        self._load_best_model()
 
 
 def load_state(path: Path) -> RNNCache:

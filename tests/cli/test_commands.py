@@ -68,6 +68,14 @@ def test_interactive_answers_every_line(text_file, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(sys, "stdin", io.StringIO("the\nsat on\n"))
     text = shown(capsys, "generate", tmp_path / "out", "--interactive", "--max-new-tokens", "5", "--greedy")
     assert re.match(r"the.{5}\nsat on.{5}\n$", text, re.DOTALL)
+    # A line that cannot be gone on from does not end the conversation.
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\x01\nthe\n"))
+    assert main(["generate", str(tmp_path / "out"), "--interactive", "--max-new-tokens", "5", "--greedy"]) == 0
+    captured = capsys.readouterr()
+    assert re.fullmatch(r"the.{5}\n", captured.out, re.DOTALL)
+    assert "error: prompt: expected text that the vocabulary knows" in captured.err
+    assert main(["generate", str(tmp_path / "out"), "--prompt", "\udcff"]) == 2
+    assert capsys.readouterr().err == "error: prompt: expected UTF-8 text, got bytes that are none\n"
 
 
 def test_resume_takes_the_options_of_the_run(text_file, tmp_path, capsys, monkeypatch):
@@ -88,6 +96,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(text_file, tmp_path, capsys, monkeyp
         patch.setattr("fastlm.cli.progress.ProgressCallback.on_step_begin", interrupt)
         assert train(text_file, output, "--steps", "6") == 130
     advice = capsys.readouterr().err.splitlines()[-1]
+    assert main(["generate", str(output)]) == 2
+    assert "the run in it is not finished: go on with fastlm train lm --resume" in capsys.readouterr().err
     assert advice == f"stopped at step 1; go on: fastlm train lm --resume --output '{output}'"
     assert main(shlex.split(advice.partition("fastlm ")[2])) == 0
     assert "after 6 steps" in capsys.readouterr().out
@@ -153,6 +163,20 @@ def test_bad_arguments_are_one_line(arguments, message, tmp_path, capsys, monkey
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("error: ")
     assert not list(tmp_path.iterdir())
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    for arguments in ([], ["train"]):
+        assert main(arguments) == 2
+        captured = capsys.readouterr()
+        assert "Usage: fastlm" in captured.out + captured.err
+        assert "error" not in captured.err
+
+
+def test_a_pipe_is_no_data(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    assert train(tmp_path / "pipe", tmp_path / "out") == 2
+    assert "pipe: expected a regular file, for it is read more than once" in capsys.readouterr().err
 
 
 def test_damaged_checkpoints_are_named(text_file, tmp_path, capsys):

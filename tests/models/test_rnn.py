@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import fastlm
@@ -189,3 +189,15 @@ def test_import_needs_transformers() -> None:
     done = run_python("import sys; sys.modules['transformers'] = None; import fastlm.models")
     assert done.returncode != 0
     assert 'ImportError: fastlm.models: expected transformers, which pip install "fastlm[lm]" installs' in done.stderr
+
+
+def test_trainer_shifts_labels_that_it_smooths(tmp_path) -> None:
+    """transformers' Trainer does so for models that it knows as causal."""
+    model, ids = make_model(), random_ids(8)
+    arguments = {"learning_rate": 0.0, "max_steps": 1, "per_device_train_batch_size": 8, "use_cpu": True}
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    losses = []
+    for smoothing in (0.0, 1e-6):
+        options = TrainingArguments(str(tmp_path), **arguments, label_smoothing_factor=smoothing, report_to="none")
+        losses.append(Trainer(model, options, train_dataset=rows).train().training_loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)

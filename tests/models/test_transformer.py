@@ -262,3 +262,9 @@ def test_errors() -> None:
         model(ids[:1, :2], position_ids=torch.tensor([[24, 1]]))
     with pytest.raises(ValueError, match=r"does not support (activation|gradient) checkpointing"):
         model.gradient_checkpointing_enable()
+
+
+def test_inputs_embeds_of_any_strides() -> None:
+    model = make_transformer()
+    embeds = torch.randn(7, 2, model.config.hidden_size).transpose(0, 1)
+    assert torch.equal(model(inputs_embeds=embeds).logits, model(inputs_embeds=embeds.contiguous()).logits)

@@ -46,6 +46,11 @@ def test_first_of_equals(isa: str) -> None:
     assert search(weight, None, torch.randn(3, 40)) == [0, 0, 0]
     assert search(weight, (torch.arange(100) >= 70).float(), torch.randn(1, 40)) == [70]
     assert search(torch.zeros(100, 40), None, torch.zeros(1, 40)) == [0]
+    # A bias beside which products are what the sum is rounded by.
+    weight = torch.randn(200, 40) * 6e-5
+    logits = torch.nn.functional.linear(hidden := torch.randn(50, 40), weight, bias := torch.full((200,), 1000.0))
+    assert (logits.amax(1) == logits.gather(1, torch.tensor(search(weight, bias, hidden))[:, None])[:, 0]).all()
+    weight = torch.ones(100, 40)
     assert search(weight, torch.full((100,), -torch.inf), torch.randn(1, 40)) == [0]
 
 

@@ -1,6 +1,7 @@
 """NaN, infinities, saturation and denormals go through as in torch."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,3 +126,25 @@ def test_zeros_give_exact_values(isa: str, kind: str) -> None:
     states = got["output"] if kind == "gru" else got["c_n"]
     expected = torch.tensor([0.5, 0.25, 0.125]) if kind == "gru" else torch.tensor(0.125)
     assert torch.equal(states, expected.reshape(-1, 1, 1).expand(3, 2, 17) if kind == "gru" else expected.expand(2, 17))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("fp32", "bf16"))
+def test_what_lies_beside_a_row_plays_no_part(isa: str, kind: str, dtype: torch.dtype) -> None:
+    """Odd sizes, filled up to whole vectors and pairs; memory that an earlier call left full of NaN."""
+    for shape in ((20, 1, 33, 65), (20, 2, 65, 63), (30, 3, 17, 33)):
+        case = make_recurrent(kind, *shape, dtype=dtype)
+        expected = forward_backward(run_fastlm, case)
+        forward_backward(run_fastlm, case.map(lambda _, tensor: torch.full_like(tensor, torch.nan)))
+        for name, got in forward_backward(run_fastlm, case).items():
+            assert torch.equal(got, expected[name]), (shape, name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_infinity_in_bfloat16(isa: str, kind: str) -> None:
+    case = make_recurrent(kind, 20, 2, 33, 65, dtype=torch.bfloat16)
+    x = case.x.clone()
+    x[0, 0, 0] = torch.inf
+    case = replace(case, x=x)
+    got, expected = run_fastlm(case)["output"], run_torch(case)["output"]
+    assert torch.equal(got.isnan(), expected.isnan())

@@ -125,3 +125,14 @@ def test_flush_to_zero_is_left_as_found(flush: bool, threads: int) -> None:
         torch.set_flush_denormal(False)
     assert bool(before[0] == 0) == flush
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("steps", [32768, 40000])
+def test_a_thread_without_items_in_a_long_sequence(steps: int) -> None:
+    """One block of units for two threads, in more rounds than 15 bits count."""
+    case = make_recurrent("gru", steps, 1, 24, 8)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(forward_backward(run_fastlm, case))
+    assert same(results[1], results[0])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,6 +185,8 @@ def test_nothing_is_written_before_all_is_found_good(changes, message, text_file
         ({"model": "rnn"}, "model: expected one of gru, lstm, transformer, gpt2, got rnn"),
         ({"steps": 3, "epochs": 1.0}, "steps, epochs: expected one of them"),
         ({"save_every": 6}, "save_every: expected a multiple of eval_every"),
+        ({"lr": 0.0}, "lr: expected a number above 0, got 0"),
+        ({"epochs": math.inf, "steps": None}, "epochs: expected a finite number, got inf"),
     ],
 )
 def test_bad_option(changes, message, text_file):
@@ -211,3 +214,80 @@ def test_folders_are_not_overwritten_by_accident(text_file, tmp_path):
     assert not kept.exists()
     with pytest.raises(ValueError, match="exists and is no training run"):
         train(dataclasses.replace(options, output=tmp_path), overwrite=True)
+
+
+# Losses that only rise, so that the first validation is the best.
+RISING = {"optimizer": "sgd", "lr": 30.0, "clip": 0.0, "schedule": "constant", "warmup": 0.0}
+
+
+def test_the_best_weights_of_a_finished_run_stay_or_are_missed(text_file, tmp_path):
+    options = options_for(text_file, tmp_path / "out", eval_every=2, **RISING)
+    result = train(options)
+    weights = (options.output / "model.safetensors").read_bytes()
+    state = json.loads((options.output / "trainer_state.json").read_text())
+    best = options.output / f"checkpoint-{state['best_global_step']}"
+    assert state["best_global_step"] < result.step
+    assert resume(options.output).loss == result.loss
+    assert (options.output / "model.safetensors").read_bytes() == weights
+    shutil.rmtree(best)
+    with pytest.raises(ValueError, match=f"{best.name}: expected the checkpoint with the run's best weights"):
+        resume(options.output)
+    assert (options.output / "model.safetensors").read_bytes() == weights
+    # Trained on, the best is among what is still there.
+    result = resume(options.output, steps=16)
+    loss = evaluate(Checkpoint.load(options.output), text_file).loss
+    assert loss == pytest.approx(result.loss, rel=0.1)
+
+
+def test_the_best_is_among_the_weights_that_are_saved(text_file, tmp_path):
+    options = options_for(text_file, tmp_path / "out", eval_every=2, save_every=4, **RISING)
+    result = train(options)
+    state = json.loads((options.output / "trainer_state.json").read_text())
+    assert state["best_global_step"] % 4 == 0
+    best = options.output / f"checkpoint-{state['best_global_step']}" / "model.safetensors"
+    assert best.read_bytes() == (options.output / "model.safetensors").read_bytes()
+    assert result.loss == state["best_metric"]
+
+
+def test_intervals_may_change_on_resume(text_file, tmp_path):
+    options = options_for(text_file, tmp_path / "out", steps=8)
+    train(options)
+    resume(options.output, steps=12, eval_every=2)
+    assert [step for step, key in losses(options.output) if key == "eval_loss"] == [4, 8, 10, 12]
+
+
+@pytest.mark.parametrize("stopped_at", [2, 6])
+def test_a_stopped_run_may_end_where_it_stopped(stopped_at, text_file, tmp_path):
+    options = options_for(text_file, tmp_path / "out")
+    stopped = train(options, callbacks=[At(stopped_at - 1, lambda: signal.raise_signal(signal.SIGINT))])
+    assert (stopped.interrupted, stopped.step) == (True, stopped_at)
+    result = resume(options.output, steps=stopped_at)
+    assert (result.interrupted, result.step) == (False, stopped_at)
+    assert math.isfinite(result.loss)
+    assert (options.output / "model.safetensors").is_file()
+
+
+def test_what_a_user_keeps_in_a_run_is_left_alone(text_file, tmp_path):
+    options = options_for(text_file, tmp_path / "out", steps=4)
+    train(options)
+    (options.output / "checkpoint-mine").mkdir()
+    (options.output / "checkpoint-notes.txt").write_text("best so far")
+    resume(options.output, steps=8)
+    assert (options.output / "checkpoint-mine").is_dir()
+    data = options.output / "text.txt"
+    data.write_bytes(text_file.read_bytes())
+    with pytest.raises(ValueError, match="expected data outside of"):
+        train(dataclasses.replace(options, data=data), overwrite=True)
+    assert data.is_file()
+    with pytest.raises(ValueError, match="resume, overwrite: expected one of them, got both"):
+        train(options, resume=True, overwrite=True)
+    link = tmp_path / "link"
+    link.symlink_to(options.output)
+    assert train(dataclasses.replace(options, output=link), overwrite=True).step == 4
+    assert link.is_symlink()
+
+
+def test_a_schedule_may_end_where_it_began(text_file, tmp_path):
+    for schedule in ("linear", "cosine"):
+        options = options_for(text_file, tmp_path / schedule, steps=2, schedule=schedule, min_lr=1.0, warmup=0.0)
+        assert train(options).step == 2

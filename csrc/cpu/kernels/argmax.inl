@@ -133,16 +133,21 @@ class ScreenedArgmax final : public Argmax<T> {
   }
   T bias(int64_t word) const { return p_.bias ? p_.bias[word] : T(0); }
 
+  // How far a logit can be from its score: by its products, and by what their sum with the bias is rounded by.
+  T spread(int64_t word, const Bound& bound) const {
+    return units_[word] * bound.spread + 4 * std::numeric_limits<T>::epsilon() * std::abs(scores_[word]);
+  }
+
   Best search(const T* hidden, const Bound& bound, Team::Range words) {
     T least = -std::numeric_limits<T>::infinity();  // that the greatest logit can be
     for (int64_t word = words.begin; word < words.end; ++word) {
       scores_[word] = bias(word) + units_[word] * (bound.unit * static_cast<T>(multiply(values_ + word * stride_)));
-      const T low = scores_[word] - units_[word] * bound.spread;
+      const T low = scores_[word] - spread(word, bound);
       least = low > least ? low : least;
     }
     Best best{-std::numeric_limits<T>::infinity(), words.begin};
     for (int64_t word = words.begin; word < words.end; ++word) {
-      if (scores_[word] + units_[word] * bound.spread < least) continue;  // what is not known is not below
+      if (scores_[word] + spread(word, bound) < least) continue;  // what is not known is not below
       const Best other{logit(word, hidden), word};
       if (other.beats(best)) best = other;
     }

@@ -197,7 +197,10 @@ class ForwardPass {
       E* h = buffers_.h[rows_.initial_half(i)] + i * h_stride_;
       copy_values(given(p_.h0), h, p_.hidden);
       std::fill(h + p_.hidden, h + panel_depth<E>(p_.hidden), E{});
-      if (Cell::kHasCellState) copy_values(given(p_.c0), buffers_.c + i * c_stride_, p_.hidden);
+      if (!Cell::kHasCellState) continue;
+      T* c = buffers_.c + i * c_stride_;
+      copy_values(given(p_.c0), c, p_.hidden);
+      std::fill(c + p_.hidden, c + c_stride_, T(0));  // whole vectors are worked on
     }
   }
 
@@ -295,6 +298,8 @@ class ForwardPass {
       Cell::template forward_gates<Vec<T>>(row, u, n);
       Cell::template forward_state<Vec<T>>(row, u, n);
     }
+    // What fills up the last pair meets weights of zero, and would make NaN of them if it were not finite.
+    if (kPairs<E> && units % 2) row.h_new[units] = E{};
   }
 
   // Where a sequence starts anew, the coming step finds zeros.

@@ -206,7 +206,7 @@ class TransformerModel(TransformerPreTrainedModel):
         if mask is not None and own_mask:
             mask = mask[:, None, None]
         # As rows: a linear layer on (B, T, E) would make views before and after its product.
-        x = ops.dropout((embeddings + self._embed_positions(position_ids, seen, steps)).view(-1, width), dropout)
+        x = ops.dropout((embeddings + self._embed_positions(position_ids, seen, steps)).reshape(-1, width), dropout)
         call = _Call(batch, steps, seen, mask, own_mask, cache, dropout)
         for layer in self.layers:
             x = layer(x, call)
