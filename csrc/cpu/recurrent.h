@@ -16,7 +16,6 @@ struct RecurrentPlan {
   int64_t forward_rows;   // rows at most whose input projection is made at once, one step's at least
   int64_t backward_rows;  // rows at most between two rounds of weight gradients
   int64_t work_ns;        // rough time on one thread
-  bool backwards;         // of a single step: the last block of units first, which is what is still in cache
 
   template <class S>
   static RecurrentPlan make(const RecurrentForwardParams<S>& p, int gates, int max_threads);

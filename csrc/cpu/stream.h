@@ -32,7 +32,8 @@ class Stream {
 
   // A stream of its own that shares the packed weights.
   virtual Stream* clone() const = 0;
-  // x (T, B, I) to output (T, B, H) of the last layer, in memory of its own. For T = 1 nothing is allocated.
+  // x (T, B, I) to output (T, B, H) of the last layer. For T = 1 nothing is allocated, unless x and
+  // output share memory.
   virtual void run(const S* x, S* output, int64_t steps, int max_threads, ParallelFor parallel_for) = 0;
   // All states, (layers, B, H) each; c may be null for a GRU.
   virtual void read_state(S* h, T* c) const = 0;

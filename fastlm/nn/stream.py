@@ -14,6 +14,7 @@ from fastlm.ops import _common
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 State = Any  # h, or (h, c)
+_increment_version = torch._C._increment_version  # a step would feel torch.autograd.graph's way to it
 
 
 class Stream:
@@ -58,10 +59,6 @@ class Stream:
         self._step_shape = (batch, module.input_size)
         self._out_shape = (batch, module.hidden_size)
         self._states_shape = (module.num_layers, batch, module.hidden_size)
-        self._bytes = (
-            batch * module.input_size * self._dtype.itemsize,
-            batch * module.hidden_size * self._dtype.itemsize,
-        )
         self._engine = self._make_engine()
 
     def step(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -96,7 +93,8 @@ class Stream:
                 or not (out.is_cpu and out.is_contiguous())
             ):
                 self._check_out(out)
-            x = self._apart_from(out, x)
+            if not out.is_inference():  # autograd learns of the writing
+                _increment_version((out,))
         self._engine.run(x if x.is_contiguous() else x.contiguous(), out, 1)
         return out
 
@@ -223,13 +221,6 @@ class Stream:
             raise RuntimeError("x: a Stream gives no gradients; call it under torch.no_grad() or use the module itself")
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
             raise RuntimeError("x: a Stream gives no tangents; use the module itself")
-
-    def _apart_from(self, out: Tensor, x: Tensor) -> Tensor:
-        """x, or a copy where writing to `out` would change it; autograd learns of the writing."""
-        if not out.is_inference():
-            torch.autograd.graph.increment_version(out)
-        distance = out.data_ptr() - x.data_ptr()
-        return x.clone() if -self._bytes[1] < distance < self._bytes[0] else x
 
     def _check_out(self, out: Any) -> None:
         if not isinstance(out, Tensor):

@@ -126,7 +126,7 @@ class ForwardPass {
   void run_chunk(const Chunk& chunk) {
     if (buffers_.x) copy_input(chunk);
     if (rows_.steps() == 1)
-      return for_blocks(plan_.backwards, [&](int64_t block) {
+      return for_blocks(false, [&](int64_t block) {
         const auto rows = active(0);
         project_block(chunk, row_of(chunk, 0) + rows.begin, input(chunk, 0, rows.begin), rows.end - rows.begin, block);
         recurrent_block(chunk, 0, block);

@@ -48,8 +48,7 @@ class StreamStack final : public Stream<S> {
   Stream<S>* clone() const override { return new StreamStack(*this); }
 
   void run(const S* x, S* output, int64_t steps, int max_threads, ParallelFor parallel_for) override {
-    auto plan = plan_for(steps, max_threads);
-    plan.backwards = backwards_ = !backwards_;
+    const auto plan = plan_for(steps, max_threads);
     Workspace workspace;
     Scratch longer;
     if (steps > 1) {
@@ -58,6 +57,12 @@ class StreamStack final : public Stream<S> {
       longer.take(*this, workspace, plan, steps);
     }
     const Scratch& scratch = steps > 1 ? longer : scratch_;
+    const int64_t values = steps * params_.batch;
+    std::vector<S> copy;
+    if (x < output + values * params_.hidden && output < x + values * params_.input_size) {
+      copy.assign(x, x + values * params_.input_size);
+      x = copy.data();
+    }
     run_team(parallel_for, plan.threads, plan.work_ns, [&](const Team& team) {
       const TileRegisters in_use;
       for (int64_t i = 0; i < params_.layers; ++i) {
@@ -193,7 +198,6 @@ class StreamStack final : public Stream<S> {
   Workspace own_;
   std::vector<ForwardBuffers<S, P>> layers_;  // packed_'s, with this stream's states; h[0] is the current one
   Scratch scratch_;                           // for one step
-  bool backwards_ = false;                    // the last step: every second one meets what the one before left in cache
 };
 
 template <class S, class Cell>
