@@ -64,6 +64,8 @@ class Corpus(NamedTuple):
             raise ValueError(f"expected at least {needed} characters for --seq-len {seq_len}, got {len(text)}")
         points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
         codes, tokens = torch.unique(points, return_inverse=True)
+        if len(codes) < 2:
+            raise ValueError("expected at least 2 different characters, got 1")
         split = len(text) - min(int(len(text) * HELD_OUT), max(HELD_OUT_LIMIT, seq_len + 1))
         return cls("".join(map(chr, codes.tolist())), tokens[:split], tokens[split:])
 
@@ -305,6 +307,9 @@ def main(argv: list[str] | None = None) -> int:
     theirs = Trainee("torch.nn.GRU", model, args.lr)
     train([theirs, ours], batches(corpus.train, args.seq_len, args.batch, args.steps, args.seed), args.steps)
 
+    if not theirs.losses[-1] < 10 * theirs.losses[0]:  # nor is NaN
+        print(f"error: training diverged, to a loss of {theirs.losses[-1]:.3g}; choose a lower --lr", file=sys.stderr)
+        return 1
     bits = {it.name: bits_per_char(it.model, corpus.valid, args.seq_len, args.batch) for it in (theirs, ours)}
     prompt = corpus.valid[:PROMPT_CHARS]
     sample = generate(ours.model, prompt, args.sample, args.temperature, args.seed)

@@ -53,14 +53,20 @@ def test_disagreeing_losses_are_an_error(spoilt, text, capsys, monkeypatch):
     assert "losses disagree by more than 1%" in capsys.readouterr().err
 
 
+def test_a_diverged_training_is_an_error(text, capsys):
+    assert demo.main([*TINY, "--data", text, "--lr", "1e30"]) == 1
+    assert "error: training diverged, to a loss of " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (b"a" * 500, "expected at least 2 different characters, got 1"),
         (None, "No such file"),
         (b"too short", "expected at least 180 characters for --seq-len 16, got 9"),
         (b"abc\xff" * 100, "expected UTF-8 text, got byte 0xff at 3"),
     ],
-    ids=["missing", "short", "not-text"],
+    ids=["one-letter", "missing", "short", "not-text"],
 )
 def test_bad_file(content, message, tmp_path, capsys):
     path = tmp_path / "text.txt"
