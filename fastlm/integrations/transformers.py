@@ -1,5 +1,7 @@
 """fastlm's attention under Hugging Face transformers: `register()`, then `attn_implementation="fastlm"`."""
 
+import functools
+import inspect
 import sys
 from typing import Any
 
@@ -49,19 +51,30 @@ def make_mask(*args: Any, config: Any = None, **kwargs: Any) -> Tensor | None:
 
 @torch.compiler.assume_constant_result
 def _with_own_attention(configuration: str) -> bool:
-    """True, and told as a fallback, for the models of a configuration's module that never call the interface.
+    """True, and told as a fallback, for the models of a configuration's module that do not all call the interface.
 
-    They would add a mask of "sdpa" to their scores, and take its None for no mask. Their code tells, as it does to
-    `set_attn_implementation`: an attention class, and no use of the interface.
+    They would add a mask of "sdpa" to their scores, and take its None for no mask. Their code tells: an attention class
+    without use of the interface, or, where the file uses it elsewhere, with a softmax of its own.
     """
-    module = sys.modules.get(configuration.replace("configuration_", "modeling_"))
-    if module is None or hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
+    module = configuration.replace("configuration_", "modeling_")
+    if module not in sys.modules or not _attends_by_itself(module):
         return False
-    classes = (value for name, value in vars(module).items() if "Attention" in name and isinstance(value, type))
-    if not any(value.__module__ == module.__name__ for value in classes):
-        return False
-    _backend.fall_back(f"{module.__name__} computes attention by itself, not through transformers' interface")
+    _backend.fall_back(f"{module} computes attention by itself, not through transformers' interface")
     return True
+
+
+@functools.cache
+def _attends_by_itself(name: str) -> bool:
+    module = sys.modules[name]
+    classes = [
+        value
+        for key, value in vars(module).items()
+        if "Attention" in key and isinstance(value, type) and value.__module__ == name
+    ]
+    if not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
+        return bool(classes)
+    sources = (inspect.getsource(it) for it in classes)
+    return any("softmax(" in source and "ALL_ATTENTION_FUNCTIONS" not in source for source in sources)
 
 
 def attention_forward(
@@ -74,9 +87,9 @@ def attention_forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     softcap: float | None = None,
-    sliding_window: int | None = None,
     position_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer.
@@ -87,14 +100,15 @@ def attention_forward(
         key (Tensor): (B, Hkv, Tk, D), not repeated: Hkv divides Hq.
         value (Tensor): (B, Hkv, Tk, Dv).
         attention_mask (Tensor, optional): broadcasts against (B, Hq, Tq, Tk). bool: True takes part; floating: added.
-            It holds causality, window and padding. None: `is_causal` and `sliding_window` decide.
+            It holds causality, window and padding, so that sliding_window plays no part here, as under "sdpa": where a
+            window takes something away there is a mask. None: `is_causal` decides.
         dropout (float): probability of dropping a weight. Default: 0.
         scaling (float, optional): Default: 1 / sqrt(D).
         is_causal (bool, optional): without a mask and for Tq > 1, query i sees the keys j <= i. Default: None.
         softcap (float, optional): Default: None.
-        sliding_window (int, optional): where is_causal counts, query i sees i - sliding_window < j. Default: None.
         position_bias (Tensor, optional): added to the scores besides the mask; broadcasts as it does. Default: None.
         s_aux (Tensor, optional): (Hq,), sinks. Default: None.
+        sinks (Tensor, optional): (B, Hq, Tq, 1), sinks of every query. Default: None.
         **kwargs: what other implementations need.
 
     Returns:
@@ -106,16 +120,15 @@ def attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     q_len, k_len = query.shape[2], key.shape[2]
-    causal, window = None, (-1, -1)
+    causal = None
     if attention_mask is None and q_len > 1 and is_causal:
         causal = "upper_left"
-        window = (-1 if sliding_window is None else sliding_window - 1, 0)
         if k_len > q_len:  # the first tokens in a static cache: what lies behind them is not written yet
             key, value = key[:, :, :q_len], value[:, :, :q_len]
             position_bias = None if position_bias is None else position_bias[..., :q_len]
     if query.shape[0] != key.shape[0]:  # learned queries
         query = query.expand(key.shape[0], -1, -1, -1)
-    special = (attention_mask, softcap, sliding_window, position_bias, s_aux)
+    special = (attention_mask, softcap, position_bias, s_aux, sinks)
     if not dropout and all(option is None for option in special):  # a token's step feels the checks of the rest
         plain = scaled_dot_product_attention(
             query, key, value, is_causal=causal is not None, scale=scaling, enable_gqa=True
@@ -131,13 +144,16 @@ def attention_forward(
         value,
         mask=attention_mask,
         causal=causal,
-        window=window,
         scale=scaling,
         softcap=softcap,
         sinks=s_aux,
         dropout_p=dropout,
+        return_lse=sinks is not None,
         _bias=position_bias,
     )
+    if sinks is not None:
+        output, lse = output
+        output = output * torch.sigmoid(lse.unsqueeze(-1) - sinks).to(output.dtype)
     return output.transpose(1, 2).contiguous(), None  # type: ignore[union-attr]
 
 

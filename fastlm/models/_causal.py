@@ -67,15 +67,16 @@ class CausalLM:
             target = F.pad(target[:, 1:], (0, 1), value=ignore_index)
         if hidden.stride(0) < hidden.stride(1):
             hidden, target = hidden.transpose(0, 1), target.t()
-        loss = ops.linear_cross_entropy(
-            hidden,
-            self.lm_head.weight,
-            target,
-            self.lm_head.bias,
-            ignore_index=ignore_index,
-            reduction="mean" if num_items_in_batch is None else "sum",
-            label_smoothing=label_smoothing,
-        )
+        options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "reduction": "mean" if num_items_in_batch is None else "sum",
+            "label_smoothing": label_smoothing,
+        }
+        head = self.lm_head
+        if _generation.is_linear(head):
+            loss = ops.linear_cross_entropy(hidden, head.weight, target, head.bias, **options)
+        else:
+            loss = F.cross_entropy(head(hidden).flatten(0, 1).float(), target.flatten(), **options)
         if num_items_in_batch is None:
             return loss
         return loss / num_items_in_batch
@@ -120,7 +121,11 @@ class CausalLM:
             raise ValueError(f"max_new_tokens: expected a whole number of at least 0, got {max_new_tokens!r}")
         prompt = _generation.check_prompt(input_ids, self.config.vocab_size)
         suppressed = list(suppress_tokens)
-        if not all(0 <= token < self.config.vocab_size for token in suppressed):
-            raise ValueError(f"suppress_tokens: expected 0 to {self.config.vocab_size - 1}, got {suppressed}")
+        if not all(isinstance(token, int) and 0 <= token < self.config.vocab_size for token in suppressed):
+            raise ValueError(
+                f"suppress_tokens: expected whole numbers from 0 to {self.config.vocab_size - 1}, got {suppressed}"
+            )
+        if len(set(suppressed)) == self.config.vocab_size:
+            raise ValueError("suppress_tokens: expected to leave a token, got all")
         make = self._make_engine
         return _generation.stream_tokens(make, self.lm_head, prompt, max_new_tokens, sampling, ends, suppressed)

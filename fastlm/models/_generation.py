@@ -38,10 +38,20 @@ class _Argmax:
         return self._run(hidden.to(self._weight.dtype).contiguous().data_ptr())
 
 
+def is_linear(head: torch.nn.Module) -> bool:
+    """True where weight and bias are all that an output layer does: no adapter around it, no hook."""
+    plain = type(head).forward is torch.nn.Linear.forward
+    return plain and not (head._forward_hooks or head._forward_pre_hooks)
+
+
 def _chooser(
     head: torch.nn.Linear, sampling: Sampling | None, max_new_tokens: int, suppressed: Sequence[int]
 ) -> Callable[[Tensor], int]:
     """What makes a token of the output layer's input."""
+    if not is_linear(head):
+        banned = torch.tensor(suppressed, dtype=torch.long)
+        draw = (lambda logits: int(logits.argmax())) if sampling is None else sampling.draw
+        return lambda hidden: draw(head(hidden)[0].index_fill(0, banned, -torch.inf))
     weight = head.weight.detach()
     bias = weight.new_zeros(weight.shape[0]) if head.bias is None else head.bias.detach()
     if suppressed:

@@ -1,5 +1,7 @@
 """Drawing a token from logits, with the meaning that transformers gives temperature, top_k and top_p."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,10 @@ class Sampling:
         top_p: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(f"temperature: expected a number above 0 (do_sample=False is greedy), got {temperature!r}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(
+                f"temperature: expected a finite number above 0 (do_sample=False is greedy), got {temperature!r}"
+            )
         if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
             raise ValueError(f"top_k: expected a whole number of at least 0, got {top_k!r}")
         if not 0 < top_p <= 1:
@@ -27,7 +31,8 @@ class Sampling:
 
         logits: (V,). They need not sum up to 1.
         """
-        logits = logits.float() / self._temperature
+        logits = logits.float()
+        logits = (logits - logits.max()) / max(self._temperature, 1e-30)  # the greatest stays 0 at any
         tokens = None
         if 0 < self._top_k < logits.shape[0]:
             logits, tokens = logits.topk(self._top_k)

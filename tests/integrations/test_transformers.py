@@ -436,16 +436,16 @@ def check_call(
     check("output", got, formula(*narrow, keep, bias), formula(*tensors, keep, bias))
 
 
-def lower_triangle(rows: int, columns: int, window: int | None = None) -> Tensor:
-    seen = torch.ones(rows, columns, dtype=torch.bool).tril()
-    return seen if window is None else seen.triu(1 - window)
+def lower_triangle(rows: int, columns: int) -> Tensor:
+    return torch.ones(rows, columns, dtype=torch.bool).tril()
 
 
 @pytest.mark.parametrize("window", [None, 1, 3])
-def test_without_a_mask_causality_and_window_count(window):
+def test_without_a_mask_causality_counts_and_a_window_does_not(window):
+    """Where a window takes something away, transformers makes a mask; OLMoE names one that it never uses."""
     tensors = normal(2, 4, 7, 8), normal(2, 2, 7, 8), normal(2, 2, 7, 8)
     options = {"sliding_window": window}
-    triangle = lower_triangle(7, 7, window)
+    triangle = lower_triangle(7, 7)
     check_call(Layer(), tensors, triangle, **options)
     check_call(Layer(True), tensors, triangle, **options)
     check_call(Layer(False), tensors, None, **options)
@@ -527,3 +527,25 @@ def test_nothing_is_copied_on_the_way(monkeypatch):
     encoder = [options for _, options, _ in seen[:2]]
     assert [options["mask"].dtype for options in encoder] == [torch.bool] * 2
     assert [tuple(options["_bias"].shape) for options in encoder] == [(1, 4, 9, 9)] * 2
+
+
+def test_sinks_of_every_query():
+    """As Inkling 2 has them: one more column of scores, without a value."""
+    q, k, v = normal(2, 4, 5, 8), normal(2, 2, 5, 8), normal(2, 2, 5, 8)
+    sinks, keep = normal(2, 4, 5, 1), lower_triangle(5, 5)
+    output, _ = integration.attention_forward(Layer(True), q, k, v, None, sinks=sinks)
+    scores = (q @ k.repeat_interleave(2, 1).mT * 8**-0.5).masked_fill(~keep, -torch.inf)
+    weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    expected = (weights @ v.repeat_interleave(2, 1)).transpose(1, 2)
+    torch.testing.assert_close(output, expected)
+
+
+def test_a_model_with_an_attention_of_its_own_beside_the_interface():
+    """GIT's text layers add the mask by themselves, its images' go through the interface."""
+    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    model = transformers.GitForCausalLM(transformers.GitConfig(**sizes, num_attention_heads=4)).eval()
+    tokens = torch.randint(3, 99, (2, 9))
+    expected = model(tokens).logits
+    model.set_attn_implementation("fastlm")
+    with pytest.warns(fastlm.FastlmFallbackWarning, match="modeling_git computes attention by itself"):
+        assert torch.equal(model(tokens).logits, expected)

@@ -201,3 +201,35 @@ def test_trainer_shifts_labels_that_it_smooths(tmp_path) -> None:
         options = TrainingArguments(str(tmp_path), **arguments, label_smoothing_factor=smoothing, report_to="none")
         losses.append(Trainer(model, options, train_dataset=rows).train().training_loss)
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+class Adapted(torch.nn.Module):
+    """An output layer with an adapter, as PEFT wraps it."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.adapter = layer, torch.nn.Linear(layer.in_features, layer.out_features)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base_layer.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + 9 * self.adapter(x)
+
+
+@pytest.mark.parametrize("form", ["adapter", "hook"])
+def test_an_output_layer_that_does_more(form: str) -> None:
+    model, ids = make_model(), random_ids()
+    if form == "adapter":
+        model.lm_head = Adapted(model.lm_head)
+    else:
+        model.lm_head.register_forward_hook(lambda module, args, output: output.flip(-1))
+    output = model(ids, labels=ids)
+    expected = ForCausalLMLoss(output.logits, ids, VOCABULARY)
+    torch.testing.assert_close(output.loss, expected)
+    output.loss.backward()
+    if form == "adapter":
+        assert model.lm_head.adapter.weight.grad.abs().sum() > 0
+    new = model.generate(ids[:1], max_new_tokens=20, eos_token_id=None)[0, 7:].tolist()
+    assert list(model.stream_tokens(ids[0], 20, eos_token_id=())) == new

@@ -207,8 +207,8 @@ def test_draws_follow_the_distribution() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.0}, "temperature: expected a number above 0"),
-        ({"temperature": float("nan")}, "temperature: expected a number above 0"),
+        ({"temperature": 0.0}, "temperature: expected a finite number above 0"),
+        ({"temperature": float("nan")}, "temperature: expected a finite number above 0"),
         ({"top_k": -1}, "top_k: expected a whole number of at least 0, got -1"),
         ({"top_k": 2.0}, "top_k: expected a whole number"),
         ({"top_p": 0.0}, "top_p: expected a number above 0 and up to 1, got 0.0"),

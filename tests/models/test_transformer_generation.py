@@ -134,6 +134,8 @@ def test_stream_tokens_samples_with_a_seed() -> None:
 
     assert sample(1) == sample(1) != sample(2)
     assert sample(1, top_k=1) == list(model.stream_tokens(ids, 40))
+    coldest = model.stream_tokens(ids, 40, do_sample=True, temperature=1e-300)
+    assert list(coldest) == list(model.stream_tokens(ids, 40))
     settings = {"do_sample": True, "temperature": 0.8, "top_k": 0}
     torch.manual_seed(1)
     drawn = list(model.stream_tokens(ids, 12, **settings))
@@ -146,7 +148,9 @@ def test_stream_tokens_samples_with_a_seed() -> None:
     [
         ({"max_new_tokens": -1}, "max_new_tokens: expected a whole number of at least 0, got -1"),
         ({"input_ids": [VOCABULARY]}, "input_ids: expected 0 to 36"),
-        ({"suppress_tokens": [VOCABULARY]}, r"suppress_tokens: expected 0 to 36, got \[37\]"),
+        ({"suppress_tokens": [VOCABULARY]}, r"suppress_tokens: expected whole numbers from 0 to 36, got \[37\]"),
+        ({"suppress_tokens": [1.5]}, r"suppress_tokens: expected whole numbers from 0 to 36, got \[1.5\]"),
+        ({"suppress_tokens": range(VOCABULARY)}, "suppress_tokens: expected to leave a token, got all"),
     ],
     ids=lambda value: "-".join(map(str, *value.items())) if isinstance(value, dict) else "",
 )
