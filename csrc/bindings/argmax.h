@@ -1,4 +1,4 @@
-// fastlm._C.Argmax: cpu/argmax.h for Python; fastlm/models/rnn/generation.py is its caller.
+// fastlm._C.Argmax: cpu/argmax.h for Python; fastlm/models/_generation.py is its caller.
 #pragma once
 
 #include "bindings/objects.h"

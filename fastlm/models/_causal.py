@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastlm import ops
 from fastlm.models import _generation
 from fastlm.models._sampling import Sampling
-from fastlm.ops.gemm import linear
+from fastlm.ops.gemm import is_linear, linear
 
 IGNORE_INDEX = -100
 
@@ -73,7 +73,7 @@ class CausalLM:
             "label_smoothing": label_smoothing,
         }
         head = self.lm_head
-        if _generation.is_linear(head):
+        if is_linear(head):
             loss = ops.linear_cross_entropy(hidden, head.weight, target, head.bias, **options)
         else:
             loss = F.cross_entropy(head(hidden).flatten(0, 1).float(), target.flatten(), **options)

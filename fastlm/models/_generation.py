@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastlm import _native
 from fastlm.models._sampling import Sampling
+from fastlm.ops.gemm import is_linear
 
 # Of new tokens: below, narrowing the output layer's weights costs more than it saves.
 _WORTH_NARROWING = 16
@@ -38,24 +39,18 @@ class _Argmax:
         return self._run(hidden.to(self._weight.dtype).contiguous().data_ptr())
 
 
-def is_linear(head: torch.nn.Module) -> bool:
-    """True where weight and bias are all that an output layer does: no adapter around it, no hook."""
-    plain = type(head).forward is torch.nn.Linear.forward
-    return plain and not (head._forward_hooks or head._forward_pre_hooks)
-
-
 def _chooser(
     head: torch.nn.Linear, sampling: Sampling | None, max_new_tokens: int, suppressed: Sequence[int]
 ) -> Callable[[Tensor], int]:
     """What makes a token of the output layer's input."""
+    banned = torch.tensor(suppressed, dtype=torch.long)
     if not is_linear(head):
-        banned = torch.tensor(suppressed, dtype=torch.long)
         draw = (lambda logits: int(logits.argmax())) if sampling is None else sampling.draw
         return lambda hidden: draw(head(hidden)[0].index_fill(0, banned, -torch.inf))
     weight = head.weight.detach()
     bias = weight.new_zeros(weight.shape[0]) if head.bias is None else head.bias.detach()
     if suppressed:
-        bias = bias.index_fill(0, torch.tensor(suppressed), -torch.inf)
+        bias = bias.index_fill(0, banned, -torch.inf)
     elif head.bias is None and sampling is not None:
         bias = None
 

@@ -25,10 +25,16 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return result.view(*x.shape[:-1], layer.out_features)
 
 
+def is_linear(layer: nn.Module) -> bool:
+    """True where weight and bias are all that a call of the layer does: no adapter around it, no hook."""
+    plain = type(layer).forward is nn.Linear.forward
+    return plain and not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
 def _is_plain(layer: nn.Linear, x: Tensor) -> bool:
     return (
-        type(layer) is nn.Linear
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        type(layer) is nn.Linear  # not parametrised: its weight is read several times
+        and is_linear(layer)
         and _common.is_plain(x, layer.weight, layer.bias)
         and x.shape[-1:] == (layer.in_features,)
         and x.dtype == layer.weight.dtype != torch.bfloat16
