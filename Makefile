@@ -16,7 +16,7 @@ help:
 	@echo "make test-full  the tests on the full grid of shapes and options"
 	@echo "make fuzz       random calls against the reference; N=1000000 for more than 20000, FIRST=20000 for others"
 	@echo "make sanitize   the kernels under AddressSanitizer, UBSan and ThreadSanitizer (needs g++ alone)"
-	@echo "make bench      the benchmarks; writes benchmarks/results and the tables in README.md"
+	@echo "make bench      the benchmarks; writes benchmarks/results and the tables made of them"
 	@echo "make lint       ruff, mypy and clang-format"
 	@echo "make clean      removes what was built; make distclean also .venv"
 
@@ -55,7 +55,7 @@ build/sanitize/$(SANITIZE)/%.o: %.cpp $(CXX_SOURCES)
 
 bench: $(VENV)/.kernels
 	$(BIN)/python benchmarks/run.py
-	$(BIN)/python benchmarks/report.py --readme README.md --plots benchmarks/results
+	$(BIN)/python benchmarks/report.py --summary README.md --tables benchmarks/AVX2.md --plots benchmarks/results
 
 lint: $(VENV)/.package
 	$(BIN)/ruff check .

@@ -1,15 +1,17 @@
-"""Makes the README's tables and the plot from CSVs of run.py, and checks the speed targets.
+"""Makes tables and plots from CSVs of run.py, and checks the speed targets.
 
-python benchmarks/report.py --readme README.md --plots benchmarks/results
+python benchmarks/report.py --summary README.md --tables benchmarks/AVX2.md --plots benchmarks/results
 python benchmarks/report.py --check
 """
 
 import argparse
 import itertools
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 import rows
 import targets
@@ -19,6 +21,24 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 TITLES = {"forward": "forward", "training": "forward + backward (whole models: a training step)"}
 FAMILIES = {"recurrent": OPS, "attention": ATTENTION_OPS, "language models": MODEL_OPS}
 PLOTTED = ("recurrent", "attention")
+# The lines of the summary, by op/workload in float32. Plain products have none.
+SUMMARY = {
+    "GRU layers and cells": r"gru/(b.*(\d|_2layer|_bi)|cell.*)",
+    "LSTM layers and cells": r"lstm/(b.*(\d|_2layer|_bi)|cell.*)",
+    "GRU and LSTM: several lengths, episodes": r"(gru|lstm)/.*_(varlen|resets)",
+    "GRU and LSTM: single steps, state carried (`Stream`)": r"(gru|lstm)/stream_b1.*",
+    "attention, every key seen": r"attention/(.*_full|bias.*)",
+    "attention, causal": r"attention/(?!drop).*_causal",
+    "attention: windows, documents, padding, packed sequences": r"attention/(window|docs|keypad|varlen).*",
+    "attention with dropout": r"attention/drop.*",
+    "attention: decoding": r"attention/decode.*",
+    "`nn.MultiheadAttention`": r"mha/.*",
+    "dropout": r"dropout/.*",
+    "output layer with its loss": r"cross_entropy/.*",
+    "small language models and a classifier, whole": r"(gru|lstm)/(LM-.|CLS)",
+    "greedy text (`stream_tokens`)": r"(gru|lstm)/stream_100_tokens",
+    "transformers' `generate()`, GPT-2 small": r"gpt2/.*|(gru|lstm)/generate_.*",
+}
 Groups = Mapping[tuple[str, str, str], rows.Group]
 
 
@@ -98,13 +118,42 @@ def markdown(groups: Groups) -> str:
     return "\n".join(lines)
 
 
-def rewrite(readme: Path, text: str) -> None:
+def _spread(ratios: Sequence[float]) -> str:
+    """The median, and the least and the greatest."""
+    if len(set(ratios)) < 2:
+        return _ratio(ratios[0] if ratios else None)
+    return f"{_ratio(median(ratios))} ({_ratio(min(ratios))} to {_ratio(max(ratios))})"
+
+
+def in_summary(pattern: str, op: str, workload: str) -> bool:
+    """True where a line of the summary has this workload."""
+    return not workload.endswith("_bf16") and re.fullmatch(pattern, f"{op}/{workload}") is not None
+
+
+def summary(groups: Groups) -> str:
+    """One line for every kind of workload: how many times as fast, from the least to the greatest."""
+    heads = [head for mode in MODES for head in (f"{mode}: times torch", "times the fastest peer")]
+    lines = [f"| | workloads | {' | '.join(heads)} |", "|---" + "|--:" * 5 + "|"]
+    for kind, pattern in SUMMARY.items():
+        found = {key: group for key, group in groups.items() if in_summary(pattern, *key[:2])}
+        cells = [kind, str(len({(op, workload) for op, workload, _ in found}))]
+        for mode in MODES:
+            of_mode = [group for (_, _, its_mode), group in found.items() if its_mode == mode]
+            pairs = [(group.get("torch"), rows.fastest_peer(group), rows.ours(group)) for group in of_mode]
+            cells.append(_spread([torch_row.p50 / own.p50 for torch_row, _, own in pairs if torch_row and own]))
+            cells.append(_spread([peer.p50 / own.p50 for _, peer, own in pairs if peer and own]))
+        if found:
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def rewrite(page: Path, text: str) -> None:
     """Puts text between the two markers of a file."""
-    before, begin, rest = readme.read_text().partition(BEGIN)
+    before, begin, rest = page.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise SystemExit(f"{readme}: no {BEGIN} ... {END}")
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+        raise SystemExit(f"{page}: no {BEGIN} ... {END}")
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
 def plot(groups: Groups, family: str, path: Path) -> None:
@@ -140,13 +189,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = [Path(__file__).parent / "results" / "benchmarks.csv"]
     parser.add_argument("csv", nargs="*", type=Path, default=default, help="default: results/benchmarks.csv")
-    parser.add_argument("--readme", type=Path, help="file whose table is replaced")
+    parser.add_argument("--summary", type=Path, help="file whose table of all kinds of workloads is replaced")
+    parser.add_argument("--tables", type=Path, help="file whose tables of all workloads are replaced")
     parser.add_argument("--plots", type=Path, help="folder to write PNGs to, one per family of layers")
     parser.add_argument("--check", action="store_true", help="print for every speed target whether it was reached")
     arguments = parser.parse_args(argv)
     groups = rows.latest(row for path in arguments.csv for row in rows.read(path))
-    if arguments.readme:
-        rewrite(arguments.readme, markdown(groups))
+    for page, make in ((arguments.summary, summary), (arguments.tables, markdown)):
+        if page:
+            rewrite(page, make(groups))
     for family in PLOTTED if arguments.plots else ():
         plot(groups, family, arguments.plots / f"{family}.png")
     if arguments.check:
@@ -155,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         counts = [sum(verdict.reached is state for verdict in found) for state in (True, False, None)]
         print("{} reached, {} missed, {} not measured".format(*counts))
         return 1 if counts[1] else 0
-    if not arguments.readme and not arguments.plots:
+    if not (arguments.summary or arguments.tables or arguments.plots):
         print(markdown(groups))
     return 0
 

@@ -104,18 +104,31 @@ def test_run_to_table(tmp_path, capsys, tiny):
     assert all(row.p20 <= row.p50 <= row.p80 for row in found)
     assert found[0].torch_ratio == 1
 
-    readme = tmp_path / "README.md"
-    readme.write_text(f"above\n{report.BEGIN}\nprevious table\n{report.END}\nbelow\n")
-    assert report.main([str(path), "--readme", str(readme)]) == 0
-    text = readme.read_text()
-    assert text.startswith("above")
-    assert text.endswith("below\n")
-    assert "previous table" not in text
-    assert text.count("| gru b2_t3_8 |") == 2
+    summary, tables = pages = tmp_path / "summary.md", tmp_path / "tables.md"
+    for page in pages:
+        page.write_text(f"above\n{report.BEGIN}\nprevious table\n{report.END}\nbelow\n")
+    assert report.main([str(path), "--summary", str(summary), "--tables", str(tables)]) == 0
+    for page in pages:
+        text = page.read_text()
+        assert text.startswith("above")
+        assert text.endswith("below\n")
+        assert "previous table" not in text
+    assert tables.read_text().count("| gru b2_t3_8 |") == 2
+    ratio = f"{found[0].p50 / found[1].p50:.2f}"
+    assert ratio in summary.read_text().partition("| GRU layers and cells | 1 |")[2].split("|")[0]
 
     capsys.readouterr()
     report.main([str(path), "--check"])
     assert "gru/b2_t3_8 forward against torch: " in capsys.readouterr().out
+
+
+def test_every_workload_has_one_line_in_the_summary():
+    from registry import WORKLOADS
+    from report import SUMMARY, in_summary
+
+    for workload in WORKLOADS:
+        lines = [kind for kind, pattern in SUMMARY.items() if in_summary(pattern, workload.op, workload.name)]
+        assert len(lines) == (workload.op != "gemm" and not workload.name.endswith("_bf16")), (workload, lines)
 
 
 def test_newest_run_is_taken_whole(tmp_path, tiny):

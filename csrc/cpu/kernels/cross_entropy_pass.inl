@@ -191,14 +191,21 @@ class CrossEntropy {
     return {own_.weight, layout_.row_stride};
   }
 
+  // The rows of weight for the products after the one at hand, as far as they are new to it.
+  Ahead weight_ahead(Words words) const {
+    const S* from = p_.weight + words.begin * p_.dim;
+    return {reinterpret_cast<const char*>(from), reinterpret_cast<const char*>(p_.weight + words.end * p_.dim)};
+  }
+
   // Without bias, which whoever reads them adds.
   T* make_logits(Words words) const {
     const auto [weight, stride] = this->weight(words);
     T* logits = layout_.keeps_logits ? shared_.logits + words.begin * layout_.logit_stride : own_.logits;
+    Ahead ahead = weight_ahead({words.end, std::min(p_.vocab, 2 * words.end - words.begin)});
     for (int64_t r = 0; r < rows_; r += kCols<T>) {
       const E* panel = shared_.hidden_columns + r * panel_depth<E>(p_.dim);
       rows_times_panel<E, E, T>(weight, stride, words.end - words.begin, panel, p_.dim, logits + r,
-                                layout_.logit_stride, Init::kZero, nullptr, 1, panel + kCols<T> * p_.dim);
+                                layout_.logit_stride, Init::kZero, nullptr, 1, panel + kCols<T> * p_.dim, &ahead);
     }
     return logits;
   }
@@ -353,6 +360,7 @@ class CrossEntropy {
     const auto [from, stride] = operand_rows(grads);
     const int64_t count = words.end - words.begin;
     const Init init = first_ > 0 ? Init::kAccumulate : Init::kZero;
+    Ahead ahead = weight_ahead(p_.grad_hidden ? words : Words{});
     for (int64_t d = 0; d < p_.dim; d += kCols<T>) {
       const E* panel = shared_.hidden_panels + d * layout_.block_rows;
       const E* next = panel + layout_.block_rows * kCols<T>;
@@ -360,7 +368,7 @@ class CrossEntropy {
       const int64_t cols = p_.dim - d;
       const bool whole = cols >= kCols<T>;
       rows_times_panel<E, E, T>(from, stride, count, panel, rows_, whole ? to : own_.edge, whole ? p_.dim : kCols<T>,
-                                whole ? init : Init::kZero, nullptr, 1, next);
+                                whole ? init : Init::kZero, nullptr, 1, next, &ahead);
       for (int64_t i = 0; !whole && i < count; ++i)
         for (int64_t j = 0; j < cols; ++j)
           to[i * p_.dim + j] = own_.edge[i * kCols<T> + j] + (first_ > 0 ? to[i * p_.dim + j] : T(0));

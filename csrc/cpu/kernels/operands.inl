@@ -238,10 +238,10 @@ void multiply(int64_t rows, int64_t depth, int64_t cols, const PanelProduct<T>& 
     }
 }
 
-// C (rows, kCols) = init + A (rows, depth) times one dense panel; `deal` and `next` as panel_product() has them.
+// C (rows, kCols) = init + A (rows, depth) times one dense panel; `deal`, `next`, `ahead` as panel_product() has them.
 template <class E, class P, class T>
 void rows_times_panel(const E* a, int64_t a_stride, int64_t rows, const P* panel, int64_t depth, T* c, int64_t c_stride,
-                      Init init, const T* bias, int deal, const P* next) {
+                      Init init, const T* bias, int deal, const P* next, Ahead* ahead = nullptr) {
   if constexpr (kPairs<E>) {
     for (int64_t r = 0; init == Init::kBias && r < rows; ++r) std::copy_n(bias, kCols<T>, c + r * c_stride);
     for (int64_t r = 0; r < rows; r += kOperandRows<E>)
@@ -250,7 +250,7 @@ void rows_times_panel(const E* a, int64_t a_stride, int64_t rows, const P* panel
           PanelProduct<E>{a + r * a_stride, a_stride, panel, kPairing<E> * kCols<T>, 0, c + r * c_stride, c_stride},
           init != Init::kZero);
   } else {
-    panel_product(a, a_stride, rows, panel, kCols<T>, depth, c, c_stride, init, bias, deal, next);
+    panel_product(a, a_stride, rows, panel, kCols<T>, depth, c, c_stride, init, bias, deal, next, ahead);
   }
 }
 

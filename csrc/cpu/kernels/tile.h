@@ -145,17 +145,32 @@ void run_tile(int rows, int deal, const TileParams<T, P>& p) {
 FASTLM_SHARED_TILES(extern);
 #endif
 
-// What tile i of a block of weights fetches: its share of `next`, as deep; the first tiles together all of it.
+// Dense memory that is wanted after this product and that no prefetcher of the processor sees coming.
+struct Ahead {
+  const char *at, *end;
+
+  template <class P>
+  const P* take(int64_t count, const P* otherwise) {
+    if (at >= end) return otherwise;
+    at += count * static_cast<int64_t>(sizeof(P));
+    return reinterpret_cast<const P*>(at) - count;
+  }
+};
+
+// What tile i of a block of weights fetches: its share of `next`, as deep; the first tiles together all of it, then
+// others of `ahead`.
 template <class T, class P>
-const P* fetch_ahead(const P* weights, const P* next, int64_t depth, int64_t i) {
-  return i * kFetched<P> < 2 * kCols<T> ? next + i * (depth / 2) * kFetched<P> : weights;
+const P* fetch_ahead(const P* weights, const P* next, int64_t depth, int64_t i, Ahead* ahead = nullptr) {
+  const int64_t count = depth / 2 * kFetched<P>;
+  if (i * kFetched<P> < 2 * kCols<T>) return next + i * count;
+  return ahead ? ahead->take(count, weights) : weights;
 }
 
 // C (rows, kCols) = init + A (rows, depth) * panel, with rows of A contiguous in k. `deal` = accumulators(all rows);
-// `next`: the panel wanted after this one.
+// `next`: the panel wanted after this one; `ahead`: what is, later.
 template <class T, class P>
 void panel_product(const T* a, int64_t a_stride, int64_t rows, const P* panel, int64_t panel_stride, int64_t depth,
-                   T* c, int64_t c_stride, Init init, const T* bias, int deal, const P* next) {
+                   T* c, int64_t c_stride, Init init, const T* bias, int deal, const P* next, Ahead* ahead = nullptr) {
   const int64_t limit = deal == 1 ? kTileRows : deal == 2 ? 3 : 1;
   const int64_t tiles = (rows + limit - 1) / limit;
   for (int64_t k = 0; k < depth || k == 0; k += kBlockDepth<T>) {
@@ -167,7 +182,7 @@ void panel_product(const T* a, int64_t a_stride, int64_t rows, const P* panel, i
       run_tile<false>(static_cast<int>(end - begin), deal,
                       TileParams<T, P>{a + begin * a_stride + k, a_stride, weights, panel_stride, block,
                                        c + begin * c_stride, c_stride, k == 0 ? init : Init::kAccumulate, bias,
-                                       fetch_ahead<T>(weights, behind, block, i)});
+                                       fetch_ahead<T>(weights, behind, block, i, ahead)});
     }
   }
 }
