@@ -232,17 +232,26 @@ def print_summary(ours: Trainee, theirs: Trainee, bits: dict[str, float], chars_
     print(f"{'validation bits per character':<34}{bits[theirs.name]:>14.4f}{bits[ours.name]:>14.4f}")
 
 
-def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+def positive(kind: Callable[[str], float], below: float = math.inf) -> Callable[[str], float]:
     """An argparse type: a finite number of this kind above zero."""
 
     def parse(text: str) -> float:
         value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+        if not 0 < value < below:
+            limit = "" if below == math.inf else f" and below {below}"
+            raise argparse.ArgumentTypeError(f"expected a number above 0{limit}, got {text}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
     return parse
+
+
+def seed(text: str) -> int:
+    """An argparse type: what torch takes for a seed."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {2**63 - 1}, got {text}")
+    return value
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -261,10 +270,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--hidden", type=whole, default=512, help="hidden units of the GRU")
     parser.add_argument("--layers", type=whole, default=1, help="layers of the GRU")
     parser.add_argument("--lr", type=real, default=3e-3, help="learning rate of Adam")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, the batches and the sample")
+    parser.add_argument("--seed", type=seed, default=0, help="of the weights, the batches and the sample")
     parser.add_argument("--sample", type=whole, default=400, metavar="N", help="characters to generate at the end")
     parser.add_argument("--temperature", type=real, default=0.7, help="of the sample; lower is more cautious")
-    parser.add_argument("--threads", type=whole, help="CPU threads; None: torch's own choice")
+    parser.add_argument("--threads", type=positive(int, 1025), help="CPU threads; None: torch's own choice")
     return parser
 
 

@@ -87,6 +87,9 @@ def test_bad_file(content, message, tmp_path, capsys):
         ("--hidden", "many", "invalid int value: 'many'"),
         ("--lr", "nan", "expected a number above 0, got nan"),
         ("--temperature", "-1", "expected a number above 0, got -1"),
+        ("--threads", "100000", "expected a number above 0 and below 1025, got 100000"),
+        ("--seed", "99999999999999999999", "from 0 to 9223372036854775807, got 99999999999999999999"),
+        ("--seed", "first", "invalid seed value: 'first'"),
     ],
 )
 def test_bad_option(option, value, message, capsys):

@@ -231,7 +231,9 @@ class Stream:
         if not (out.is_cpu and out.is_contiguous()):
             raise ValueError("out: expected a dense CPU tensor")
         if torch.is_grad_enabled():
-            raise RuntimeError("out: expected a Tensor without requires_grad, or a call under torch.no_grad()")
+            raise RuntimeError(
+                "out: expected a Tensor without requires_grad, or torch.no_grad() around, got one that requires grad"
+            )
 
 
 class _Kernels:
