@@ -116,6 +116,8 @@ def _reason_left(module: torch.nn.Module) -> str | None:
             if is_parametrized(module):
                 return "parametrised: call fastlm.replace(model) before parametrising it"
             return f"a subclass of torch.nn.{torch_class.__name__}, which may differ from it"
+        if isinstance(module, twin) and "forward" in module.__dict__:
+            return "its forward was set on the instance, which may call torch's"
     return None
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 import sys
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fastlm import _backend
 from fastlm.ops import attention, scaled_dot_product_attention
+from fastlm.ops.attention import share_beside_sink
 
 NAME = "fastlm"
 
@@ -23,7 +25,8 @@ def register() -> None:
     neither keys of fewer heads nor position biases (T5). Masks are those of "sdpa".
 
     Models that compute attention in their own way (BLOOM, XGLM) take the name too; transformers does not refuse it.
-    They go on as under "eager", with one FastlmFallbackWarning, or an error where FASTLM_STRICT=1.
+    They go on as under "eager"; those that ask for a mask do so with one FastlmFallbackWarning, or an error where
+    FASTLM_STRICT=1. Where a model has a table of classes by name (Falcon, GPT-J, SAM) transformers raises KeyError.
 
     Raises:
         ImportError: transformers is missing or too old.
@@ -45,8 +48,38 @@ def make_mask(*args: Any, config: Any = None, **kwargs: Any) -> Tensor | None:
     """What transformers calls to make a mask: that of "sdpa", or of "eager" for models with attention of their own."""
     from transformers.masking_utils import eager_mask, sdpa_mask
 
-    own = _with_own_attention(type(config).__module__)
+    configuration = type(config).__module__
+    if _needs_masks(configuration):
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    own = _with_own_attention(configuration)
     return (eager_mask if own else sdpa_mask)(*args, config=config, **kwargs)
+
+
+def _modeling(configuration: str) -> str:
+    """The name of the module that has a configuration's models."""
+    return configuration.replace("configuration_", "modeling_")
+
+
+@torch.compiler.assume_constant_result
+def _needs_masks(configuration: str) -> bool:
+    """True where None for a mask, and is_causal instead, may not mean what it means under "sdpa"."""
+    module = _modeling(configuration)
+    return module in sys.modules and _is_unlike_sdpa(module)
+
+
+@functools.cache
+def _is_unlike_sdpa(name: str) -> bool:
+    """True for models that do not run under "sdpa", so that their layers' is_causal may be wrong or missing, and for
+    those that treat it as a case of its own.
+    """
+    module = sys.modules[name]
+    models = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__ == name and hasattr(value, "_supports_sdpa")
+    ]
+    special = re.search(r"""_attn_implementation.*["']sdpa["']""", inspect.getsource(module))
+    return special is not None or any(not model._supports_sdpa for model in models)
 
 
 @torch.compiler.assume_constant_result
@@ -56,7 +89,7 @@ def _with_own_attention(configuration: str) -> bool:
     They would add a mask of "sdpa" to their scores, and take its None for no mask. Their code tells: an attention class
     without use of the interface, or, where the file uses it elsewhere, with a softmax of its own.
     """
-    module = configuration.replace("configuration_", "modeling_")
+    module = _modeling(configuration)
     if module not in sys.modules or not _attends_by_itself(module):
         return False
     _backend.fall_back(f"{module} computes attention by itself, not through transformers' interface")
@@ -90,6 +123,8 @@ def attention_forward(
     position_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
     sinks: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer.
@@ -109,12 +144,21 @@ def attention_forward(
         position_bias (Tensor, optional): added to the scores besides the mask; broadcasts as it does. Default: None.
         s_aux (Tensor, optional): (Hq,), sinks. Default: None.
         sinks (Tensor, optional): (B, Hq, Tq, 1), sinks of every query. Default: None.
+        indices (Tensor, optional): (B, Tq, K), the keys that sparse attention leaves to a query. Default: None.
+        block_indices (Tensor, optional): blocks of such keys, whose form is the model's own. Must be None.
         **kwargs: what other implementations need.
 
     Returns:
         output (Tensor): (B, Tq, Hq, Dv), contiguous.
         weights: None. As under "sdpa", output_attentions=True is only warned of.
+
+    Raises:
+        ValueError: block_indices are given.
     """
+    if block_indices is not None:
+        raise ValueError(
+            f"block_indices: expected None, got those of {type(module).__name__}; use another attn_implementation"
+        )
     if kwargs.get("output_attentions"):
         _warn_of_missing_weights()
     if is_causal is None:
@@ -126,6 +170,8 @@ def attention_forward(
         if k_len > q_len:  # the first tokens in a static cache: what lies behind them is not written yet
             key, value = key[:, :, :q_len], value[:, :, :q_len]
             position_bias = None if position_bias is None else position_bias[..., :q_len]
+    if indices is not None:
+        attention_mask = _with_indices(attention_mask, indices, key.shape[2])
     if query.shape[0] != key.shape[0]:  # learned queries
         query = query.expand(key.shape[0], -1, -1, -1)
     special = (attention_mask, softcap, position_bias, s_aux, sinks)
@@ -153,8 +199,16 @@ def attention_forward(
     )
     if sinks is not None:
         output, lse = output
-        output = output * torch.sigmoid(lse.unsqueeze(-1) - sinks).to(output.dtype)
+        output = output * share_beside_sink(lse.unsqueeze(-1), sinks).to(output.dtype)
     return output.transpose(1, 2).contiguous(), None  # type: ignore[union-attr]
+
+
+def _with_indices(mask: Tensor | None, indices: Tensor, k_len: int) -> Tensor:
+    kept = torch.zeros(*indices.shape[:2], k_len, dtype=torch.bool, device=indices.device)
+    kept = kept.scatter(-1, indices.long(), True).unsqueeze(1)
+    if mask is None:
+        return kept
+    return mask & kept if mask.dtype == torch.bool else mask.masked_fill(~kept, -torch.inf)
 
 
 def _warn_of_missing_weights() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fastlm import _backend, _native, _trace, ops
 from fastlm.nn._twin import read_weights
@@ -14,7 +15,10 @@ from fastlm.ops import _common
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 State = Any  # h, or (h, c)
-_increment_version = torch._C._increment_version  # a step would feel torch.autograd.graph's way to it
+# As they are: a step would feel torch's own ways to them.
+_increment_version = torch._C._increment_version
+_tracing_state = torch._C._get_tracing_state
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 class Stream:
@@ -71,15 +75,18 @@ class Stream:
 
         Raises:
             ValueError: wrong shape, dtype or device, or an `out` that is not dense (it names the argument).
-            RuntimeError: x or `out` requires a gradient while gradients are recorded, or x has a tangent.
+            RuntimeError: x or `out` requires a gradient while gradients are recorded, x has a tangent, or the call is
+                being traced.
         """
         if (
-            not isinstance(x, Tensor)
+            type(x) is not Tensor
             or x.shape != self._step_shape
             or x.dtype is not self._dtype
             or x.requires_grad
             or not x.is_cpu
             or forward_ad._current_level >= 0
+            or _tracing_state() is not None
+            or _dispatch_modes() > 0
         ):
             self._check_input(x, self._step_shape, "(B, I)")
         if out is None:
@@ -91,11 +98,12 @@ class Stream:
                 or out.dtype is not self._dtype
                 or out.requires_grad
                 or not (out.is_cpu and out.is_contiguous())
+                or out.is_neg()
             ):
                 self._check_out(out)
             if not out.is_inference():  # autograd learns of the writing
                 _increment_version((out,))
-        self._engine.run(x if x.is_contiguous() else x.contiguous(), out, 1)
+        self._engine.run(x if x.is_contiguous() and not x.is_neg() else _dense(x), out, 1)
         return out
 
     def chunk(self, x: Tensor) -> Tensor:
@@ -108,7 +116,7 @@ class Stream:
         batch, input_size = self._step_shape
         expected = (batch, "T", input_size) if self._batch_first else ("T", batch, input_size)
         self._check_input(x, expected, layout)
-        steps = (x.transpose(0, 1) if self._batch_first else x).contiguous()
+        steps = _dense(x.transpose(0, 1) if self._batch_first else x)
         out = steps.new_empty(steps.shape[0], *self._out_shape)
         if steps.shape[0]:
             self._engine.run(steps, out, steps.shape[0])
@@ -160,7 +168,7 @@ class Stream:
                 raise TypeError(f"state: expected {name} to be a Tensor, got {type(tensor).__name__}")
             _common.check_shape(f"state: {name}", tensor, self._states_shape, "(L, B, H)")
         dtypes = (self._dtype, self._cell_dtype)
-        h, *c = (t.detach().to("cpu", dtype).contiguous() for t, dtype in zip(given, dtypes, strict=False))
+        h, *c = (_dense(t.detach().to("cpu", dtype)) for t, dtype in zip(given, dtypes, strict=False))
         self._engine.write_state(h, c[0] if c else None)
         return None
 
@@ -221,6 +229,8 @@ class Stream:
             raise RuntimeError("x: a Stream gives no gradients; call it under torch.no_grad() or use the module itself")
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
             raise RuntimeError("x: a Stream gives no tangents; use the module itself")
+        if _tracing_state() is not None or (_dispatch_modes() > 0 and get_proxy_mode() is not None):
+            raise RuntimeError("x: a Stream cannot be traced; use the module itself")
 
     def _check_out(self, out: Any) -> None:
         if not isinstance(out, Tensor):
@@ -228,7 +238,7 @@ class Stream:
         _common.check_shape("out", out, self._out_shape, "(B, H)")
         if out.dtype != self._dtype:
             raise ValueError(f"out: expected dtype {self._dtype} (the module's), got {out.dtype}")
-        if not (out.is_cpu and out.is_contiguous()):
+        if not (out.is_cpu and out.is_contiguous()) or out.is_neg():
             raise ValueError("out: expected a dense CPU tensor")
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -247,25 +257,25 @@ class _Kernels:
         states_shape: tuple[int, int, int],
         dtype: torch.dtype,
     ) -> None:
-        dense = [[None if w is None else w.detach().contiguous() for w in layer] for layer in layers]
+        dense = [[None if w is None else _dense(w.detach()) for w in layer] for layer in layers]
         input_size = dense[0][0].shape[1]  # type: ignore[union-attr]
         _, batch, hidden = states_shape
         self._stream = _native.module.make_stream(  # type: ignore[union-attr]
             _DTYPES[dtype], lstm, bfloat16_weights, batch, input_size, hidden,
-            [[0 if w is None else w.data_ptr() for w in layer] for layer in dense],
+            [[0 if w is None else _address("module", w) for w in layer] for layer in dense],
         )  # fmt: skip
         self._run = self._stream.run
 
     def run(self, x: Tensor, out: Tensor, steps: int) -> None:
         if _trace.calls is not None:
             _trace.record("stream", None)
-        self._run(x.data_ptr(), out.data_ptr(), steps)
+        self._run(x.data_ptr() or _address("x", x), out.data_ptr() or _address("out", out), steps)
 
     def read_state(self, h: Tensor, c: Tensor | None) -> None:
-        self._stream.read_state(h.data_ptr(), 0 if c is None else c.data_ptr())
+        self._stream.read_state(_address("state", h), 0 if c is None else _address("state", c))
 
     def write_state(self, h: Tensor, c: Tensor | None) -> None:
-        self._stream.write_state(h.data_ptr(), 0 if c is None else c.data_ptr())
+        self._stream.write_state(_address("state", h), 0 if c is None else _address("state", c))
 
     def reset(self, row: int) -> None:
         self._stream.reset(row)
@@ -333,6 +343,19 @@ class _Reference:
         twin = copy.copy(self)
         twin._h, twin._c = self._h.clone(), self._c.clone()
         return twin
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The values as they lie in memory, row by row."""
+    return tensor.resolve_neg().contiguous()
+
+
+def _address(name: str, tensor: Tensor) -> int:
+    """Where a dense tensor's values lie; raises for one that has none, as of a mode or subclass that keeps shapes."""
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel() > 0:
+        raise ValueError(f"{name}: expected a tensor with memory of its own, got {type(tensor).__name__}")
+    return address
 
 
 def _check_module(module: Any) -> bool:

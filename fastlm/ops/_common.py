@@ -40,6 +40,9 @@ def check_same(tensors: Mapping[str, Tensor | None], optional: tuple[str, ...] =
             raise ValueError(f"{name}: expected dtype {first.dtype} (that of {first_name}), got {tensor.dtype}")
         if tensor.device != first.device:
             raise ValueError(f"{name}: expected device {first.device} (that of {first_name}), got {tensor.device}")
+        if tensor.is_nested or tensor.layout != torch.strided:
+            kind = "a nested tensor" if tensor.is_nested else tensor.layout
+            raise ValueError(f"{name}: expected a dense tensor (torch.strided), got {kind}")
     assert first is not None
     if not first.is_floating_point():
         raise ValueError(f"{first_name}: expected a floating-point dtype, got {first.dtype}")

@@ -439,20 +439,27 @@ def _numbers(
         raise ValueError(f"window: expected numbers of at least 0, or -1 for unlimited, got {tuple(window)}")
     if not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p: expected a number from 0 to 1, got {dropout_p!r}")
-    scale = _default_scale(q) if scale is None else _number("scale", scale)
-    softcap = 0.0 if softcap is None else _number("softcap", softcap)
-    if not softcap >= 0:
+    scale = _default_scale(q) if scale is None else _number("scale", scale, q)
+    softcap = 0.0 if softcap is None else _number("softcap", softcap, q)
+    if softcap < 0:
         raise ValueError(f"softcap: expected a number above 0, or None, got {softcap!r}")
     if causal is not None:
         right = 0 if right == _UNLIMITED else min(right, 0)
     return scale, softcap, float(dropout_p), causal == "lower_right", min(left, _FAR), min(right, _FAR)
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: Any, q: Tensor) -> float:
+    """A number that the arithmetic on q can hold."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name}: expected a number (it gets no gradient), got a Tensor that requires one")
     try:
-        return float(value)
+        number = float(value + 0)  # no text
     except (OverflowError, RuntimeError, TypeError, ValueError):
         raise TypeError(f"{name}: expected a number, got {value!r}") from None
+    dtype = _common.compute_dtype(q.dtype) if q.is_floating_point() else torch.float64
+    if not abs(number) <= torch.finfo(dtype).max:
+        raise ValueError(f"{name}: expected a number that {dtype} can hold, got {value!r}")
+    return number
 
 
 def _default_scale(q: Tensor) -> float:
@@ -469,12 +476,19 @@ def _attend(
         # The sink joins the sum of exponentials: a factor exp(lse) / (exp(lse) + exp(sink)) for all weights of a row.
         packed = options.q_starts is not None
         sink = sinks.to(lse.dtype)[:, None]
-        share = torch.sigmoid(lse - sink)
+        share = share_beside_sink(lse, sink)
         output = output * (share.mT if packed else share).unsqueeze(-1).to(output.dtype)
-        lse = torch.logaddexp(lse, sink.expand_as(lse)) if return_lse else lse
+        if return_lse:
+            blind = lse == -torch.inf
+            lse = torch.where(blind, sink, torch.logaddexp(lse.masked_fill(blind, 0), sink))
         if options.q_starts is not None:  # rows past the last sequence stay 0 and give the sinks no gradient
             lse = lse.masked_fill(torch.arange(q.shape[0], device=q.device) >= options.q_starts[-1], 0)
     return (output, lse) if return_lse else output
+
+
+def share_beside_sink(lse: Tensor, sink: Tensor) -> Tensor:
+    """What of a row's weights is left beside a sink; 0 for a row that sees nothing, whatever the sink."""
+    return torch.sigmoid((lse - sink).masked_fill(lse == -torch.inf, -torch.inf))
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, options: _Options, plain: bool) -> tuple[Tensor, Tensor]:

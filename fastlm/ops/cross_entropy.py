@@ -61,7 +61,7 @@ def linear_cross_entropy(
             _check(hidden, weight, target, bias, *options)  # says it by the argument's name
             raise
     _check(hidden, weight, target, bias, *options)
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows = hidden.reshape(target.numel(), hidden.shape[-1])
     classes = target.reshape(-1).to(torch.int64)
     (rows, weight, bias), kernel = _common.plan("linear_cross_entropy", (rows, weight, bias))
     if kernel:
@@ -208,8 +208,8 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
     """A formed gradient times what arrives, which mostly is 1."""
     if type(factor) is Tensor and not torch.compiler.is_compiling():  # a subclass may have no value
         try:
-            if factor == 1:
-                return grad
+            if factor == 1:  # kept for another backward, it is not to be the caller's
+                return grad.clone() if _keeps_graph() else grad
         except RuntimeError:
             pass  # nor has a batch of them, or a meta tensor
     return (grad * factor).to(grad.dtype)
@@ -218,4 +218,5 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
 torch.library.register_autograd(
     "fastlm::linear_cross_entropy_forward", _autograd_backward, setup_context=_setup_context
 )
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 _recorded = _common.recorded(_forward, _setup_context, _autograd_backward)

@@ -6,7 +6,9 @@ import pickle
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastlm
 from fastlm import _native
@@ -331,3 +333,32 @@ def test_a_copied_model_packs_its_own_weights() -> None:
             parameter.zero_()
         model.stream.refresh()
         assert model.stream.step(torch.randn(2, 3)).eq(0).all()
+
+
+@kernels_only
+def test_what_has_no_memory_is_refused():
+    stream, x = Stream(torch.nn.GRU(4, 4), 1), torch.randn(1, 4)
+    with torch.no_grad(), pytest.raises(ValueError, match="x: expected a tensor with memory of its own"):
+        stream.step(torch._efficientzerotensor(1, 4))
+    with FakeTensorMode(), torch.no_grad():
+        for call in (lambda: stream.step(x), lambda: stream.state, lambda: Stream(torch.nn.GRU(4, 4), 1)):
+            with pytest.raises(ValueError, match="memory of its own, got FakeTensor"):
+                call()
+
+
+def test_tracing_is_refused():
+    """What it would record has no step in it."""
+    stream, x = Stream(torch.nn.GRU(4, 4), 1), torch.randn(1, 4)
+    for trace in (make_fx(lambda x: stream.step(x)), lambda x: torch.jit.trace(lambda x: stream.step(x), x)):
+        with pytest.raises(RuntimeError, match="x: a Stream cannot be traced"):
+            trace(x)
+
+
+@torch.no_grad()
+def test_values_that_lie_negated():
+    module, x = make("GRU", 4, 4), torch.randn(3, 1, 4)
+    negated = torch._neg_view(-x)
+    assert equal(Stream(module, 1).chunk(negated), Stream(module, 1).chunk(x))
+    assert equal(Stream(module, 1).step(negated[0]), Stream(module, 1).step(x[0]))
+    with pytest.raises(ValueError, match="out: expected a dense CPU tensor"):
+        Stream(module, 1).step(x[0], out=torch._neg_view(torch.empty(1, 4)))

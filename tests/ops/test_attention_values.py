@@ -1,11 +1,14 @@
 """Attention of NaN, infinities, huge numbers and nothing."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import fastlm
+from fastlm.ops import attention
 from tests.attention import (
     BF16,
     FP32,
@@ -79,6 +82,28 @@ def test_large_scores(dtype: torch.dtype, size: float) -> None:
         check_attention(case, wanted=("v",) if dtype == BF16 else ())
         if dtype == FP32:
             check_case(case, output_only(run_fastlm), run_torch_flash, scale=size)
+
+
+@pytest.mark.parametrize("base", [10, 1e3, 1e6])
+@pytest.mark.parametrize("q_len", [3, 70])
+def test_large_scores_apart_by_little(isa: str, base: float, q_len: int) -> None:
+    """Exact ones, which rise from part to part of the keys: every part has a largest score of its own."""
+    case = make_attention(1, 2, q_len, 8, k_len=1024, scale=1.0)
+    k = torch.zeros_like(case.k)
+    k[..., 0], k[..., 1] = base, torch.arange(1024) // 128 / 2
+    q = torch.zeros_like(case.q)
+    q[..., :2] = 1
+    # Backward has weights from lse, whose last digit is larger the larger it is.
+    check_attention(replace(case, q=q, k=k), wanted=("v",) if base < 1e6 else ())
+
+
+@pytest.mark.parametrize("size", [1e9, 1e30])
+@pytest.mark.parametrize("q_len", [3, 70])
+def test_enormous_scores(isa: str, size: float, q_len: int) -> None:
+    """Every query takes the value of one key, and that is the right one."""
+    case = make_attention(1, 2, q_len, 16, k_len=70)
+    case = replace(case, q=case.q * size)
+    torch.testing.assert_close(run_fastlm(case)["output"], run_torch(case)["output"])
 
 
 LOW = {"-1e4": -1e4, "-1e9": -1e9, "finfo.min": torch.finfo(FP32).min}
@@ -166,3 +191,18 @@ def test_empty(options: dict) -> None:
     ):
         # Without width every score is 0, whatever the scale, which is not 1 / sqrt(0).
         check_attention(make_attention(**{"q_len": 3, "scale": 1.0, **options, **more}))
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_sinks_that_are_off(backend: str | None) -> None:
+    """A sink of -inf takes nothing, from rows that see nothing either."""
+    q, sinks = torch.randn(1, 2, 3, 4), torch.full((2,), -torch.inf, requires_grad=True)
+    options = {"causal": "lower_right", "kv_lengths": [2], "return_lse": True}
+    with contextlib.nullcontext() if backend is None else fastlm.backend(backend):
+        plain, lse = attention(q, q, q, **options)
+        output, lse_beside = attention(q, q, q, sinks=sinks, **options)
+    assert not output[:, :, 0].any()
+    assert torch.equal(lse_beside, lse)
+    torch.testing.assert_close(output, plain)
+    (grad,) = torch.autograd.grad(output.sum() + lse_beside[..., 1:].sum(), sinks)
+    assert not grad.any()

@@ -356,3 +356,22 @@ def test_gradients_of_several_losses_at_once() -> None:
     fastlm.ops.linear_cross_entropy(hidden.to("meta"), weight, target.to("meta")).backward()
     assert weight.grad is not None
     assert weight.grad.shape == (7, 4)
+
+
+def test_gradients_of_one_graph_are_apart() -> None:
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.arange(6))
+    first, second = (torch.autograd.grad(loss, (hidden, weight), retain_graph=True) for _ in range(2))
+    expected = [grad.clone() for grad in second]
+    for grad in first:
+        grad.zero_()
+    for grads in (second, torch.autograd.grad(loss, (hidden, weight))):
+        assert all(torch.equal(grad, value) for grad, value in zip(grads, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
+def test_rows_without_width(leading: tuple[int, ...], dtype: torch.dtype) -> None:
+    bias, target = torch.randn(5), torch.ones(leading, dtype=dtype)
+    loss = linear_cross_entropy(torch.zeros(*leading, 0), torch.zeros(5, 0), target, bias)
+    torch.testing.assert_close(loss, -bias.log_softmax(-1)[1])

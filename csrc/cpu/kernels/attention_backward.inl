@@ -287,16 +287,16 @@ class AttentionBackward {
       return {0, 0};
     }
     if (!rule.plain()) rule.transform(query, first, own, weights, buffers_.capped);
-    const T scale = rule.scale(), delta = buffers_.delta[query];
-    const bool plain = rule.plain(), drops = dropout_.active();
+    const T factor = rule.factor(), top = lse / rule.scale(), delta = buffers_.delta[query];
+    const bool small = is_small(top, factor), drops = dropout_.active();
     if (drops) dropout_.factors(static_cast<uint64_t>(lse_place(head_, query)), first, from, to, buffers_.factors);
     for_vectors<T>(from, to, [&](auto kind, int64_t i) FASTLM_LAMBDA_INLINE {
       using W = decltype(kind);
-      const W weight = exponential<W>(weights + i, scale, lse, plain);
+      const W weight = exponential<W>(weights + i, factor, top, small);
       W grad = W::load(grads + i), kept = weight;
       if (drops) {
-        const W factor = W::load(buffers_.factors + i);
-        grad = grad * factor, kept = weight * factor;
+        const W dropped = W::load(buffers_.factors + i);
+        grad = grad * dropped, kept = weight * dropped;
       }
       kept.store(weights + i);
       (weight * (grad - W::broadcast(delta))).store(grads + i);

@@ -119,7 +119,7 @@ class AttentionDecode {
     const int64_t end = lanes_up<T>(keys.end - keys.begin);
     T* s = scores_ + r * s_stride_;
     if (!rule.plain() && !here.empty()) rule.transform(query(r), keys.begin, here, s, nullptr);
-    const T factor = softmax_[r].add(s, 0, end, here, rule.scale(), rule.plain());
+    const T factor = softmax_[r].add(s, 0, end, here, rule.factor());
     T* sums = sums_ + r * v_stride_;
     for (int64_t d = 0; factor != T(1) && d < p_.v_dim; d += V::kLanes)
       (V::load(sums + d) * V::broadcast(factor)).store(sums + d);
@@ -158,19 +158,21 @@ class AttentionDecode {
   void combine_row(int64_t first, int64_t last, int64_t r) {
     const auto softmax = [&](int64_t i) -> const Softmax<T>& { return buffers_.softmax[i * plan_.most_rows + r]; };
     const auto sums = [&](int64_t i) { return buffers_.sums + (i * plan_.most_rows + r) * v_stride_; };
+    const HeadScores<S> rule(p_, sequence_, item_.b, head(r));
     Softmax<T> whole = softmax(first);
     T* into = sums(first);
     for (int64_t i = first + 1; i < last; ++i) {
       const Softmax<T>& other = softmax(i);
       if (other.sum == 0) continue;
       const T max = !(other.max <= whole.max) ? other.max : whole.max;
-      const T mine = whole.sum == 0 ? T(0) : std::exp(whole.max - max), theirs = std::exp(other.max - max);
+      const T mine = whole.sum == 0 ? T(0) : rescaling(whole.max, max, rule.factor());
+      const T theirs = rescaling(other.max, max, rule.factor());
       whole = {max, whole.sum * mine + other.sum * theirs};
       for (int64_t d = 0; d < p_.v_dim; d += V::kLanes)
         fma(V::load(into + d), V::broadcast(mine), V::load(sums(i) + d) * V::broadcast(theirs)).store(into + d);
     }
     S* to = p_.output.row(item_.b, head(r), place(r));
-    p_.lse.data[lse_place(r)] = AttentionForward<S>::write_attended(whole, into, p_.v_dim, to);
+    p_.lse.data[lse_place(r)] = AttentionForward<S>::write_attended(whole, rule.scale(), into, p_.v_dim, to);
   }
 
   const AttentionForwardParams<S>& p_;

@@ -129,7 +129,7 @@ class AttentionForward {
       const Keys own = rule.seen(query).clipped(first + keys.begin, first + keys.end);
       const Keys here{own.begin - first, own.end - first};
       if (!rule.plain() && !here.empty()) rule.transform(query, first, here, row, nullptr);
-      const T factor = buffers_.softmax[place + r].add(row, begin, end, here, rule.scale(), rule.plain());
+      const T factor = buffers_.softmax[place + r].add(row, begin, end, here, rule.factor());
       if (factor != T(1)) scale_row(sums + r * v_stride_, factor);
       if (dropout_.active()) drop(query, g, first, begin, end, row);
       if constexpr (kPairs<E>)
@@ -163,10 +163,11 @@ class AttentionForward {
 
   void finish() {
     for (int64_t g = 0; g < group_; ++g) {
+      const T scale = scores(g).scale();
       S* to = p_.output.row(item_.b, head(g), sequence_.q_begin + item_.begin);
       for (int64_t i = 0; i < queries_; ++i, to += p_.output.time) {
         const int64_t place = g * queries_ + i;
-        const T lse = write_attended(buffers_.softmax[place], buffers_.sums + place * v_stride_, p_.v_dim, to);
+        const T lse = write_attended(buffers_.softmax[place], scale, buffers_.sums + place * v_stride_, p_.v_dim, to);
         p_.lse.data[lse_place(item_.begin + i, g)] = lse;
       }
     }
@@ -174,12 +175,12 @@ class AttentionForward {
 
  public:
   // Divides a query's sums by the sum of its exponentials; returns the logarithm.
-  static T write_attended(const Softmax<T>& softmax, const T* sums, int64_t v_dim, S* to) {
+  static T write_attended(const Softmax<T>& softmax, T scale, const T* sums, int64_t v_dim, S* to) {
     const bool nothing = softmax.sum == 0;
     const V factor = V::broadcast(1 / softmax.sum);
     for (int64_t d = 0; d < v_dim; d += V::kLanes)
       store_as(nothing ? V::zero() : V::load(sums + d) * factor, to + d, v_dim - d);
-    return softmax.lse();
+    return softmax.lse(scale);
   }
 
  private:

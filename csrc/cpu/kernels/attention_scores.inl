@@ -2,6 +2,7 @@
 // backward share.
 #pragma once
 
+#include <cmath>
 #include <limits>
 
 #include "cpu/attention.h"
@@ -49,8 +50,9 @@ class HeadScores {
 
   // Whether the products times a factor are the scores; else transform() makes them.
   bool plain() const { return plain_; }
-  // From products, or from what transform() made of them, to scores.
+  // From products, or from what transform() made of them, to scores; to powers of 2.
   T scale() const { return plain_ ? p_.scale : T(1); }
+  T factor() const { return scale() * kLog2e<T>; }
 
   Keys seen(int64_t query) const {
     const int64_t position = query + sequence_.offset, n = sequence_.k_len;
@@ -138,51 +140,63 @@ class HeadScores {
   bool plain_;
 };
 
-// 2^((scale s - shift) log2 e), where scale s <= shift, of V at s. Scores that were made (not plain) may be as large as
-// a mask's numbers; their distance is taken first, for it may be small.
-template <class V, class T>
-FASTLM_INLINE V exponential(const T* s, T scale, T shift, bool plain) {
-  if (plain)
-    return exp2_nonpositive(fma(V::load(s), V::broadcast(scale * kLog2e<T>), V::broadcast(-shift * kLog2e<T>)));
-  const V distance = at_most(V::broadcast(0), V::load(s) - V::broadcast(shift));
-  return exp2_nonpositive(distance * V::broadcast(kLog2e<T>));
+// Whether 2^(factor (s - top)) may be taken in one multiply-add, which rounds by the size of factor times top. Scores
+// may be as large as a mask's numbers and apart by little: then the distance is taken first.
+template <class T>
+bool is_small(T top, T factor) {
+  return std::abs(top * factor) <= 32;
 }
 
-// The online softmax of one query (Milakov and Gimelshein 2018): the largest score and the sum of exponentials so far.
+// 2^(factor (s - top)) of V at s, where s <= top but for rounding.
+template <class V, class T>
+FASTLM_INLINE V exponential(const T* s, T factor, T top, bool small) {
+  if (small) return exp2_nonpositive(fma(V::load(s), V::broadcast(factor), V::broadcast(-(top * factor))));
+  return exp2_nonpositive(at_most(V::broadcast(0), V::load(s) - V::broadcast(top)) * V::broadcast(factor));
+}
+// What such powers are to be multiplied with when `top` becomes `higher`.
+template <class T>
+T rescaling(T top, T higher, T factor) {
+  const bool small = is_small(top, factor) && is_small(higher, factor);
+  return std::exp2(small ? top * factor - higher * factor : (top - higher) * factor);
+}
+
+// The online softmax of one query (Milakov and Gimelshein 2018): the largest of what scale() makes scores of, and the
+// sum of exponentials so far.
 template <class T>
 struct Softmax {
   T max, sum;
 
   static Softmax start() { return {-std::numeric_limits<T>::infinity(), T(0)}; }
 
-  // s[i] becomes exp(scale * s[i] - max) for i in `own`, and 0 in the rest of [begin, end), whole vectors that hold
-  // `own`. Returns the factor that what was summed up before is to be multiplied with.
-  T add(T* s, int64_t begin, int64_t end, Keys own, T scale, bool plain) {
+  // s[i] becomes 2^(factor (s[i] - max)) for i in `own`, and 0 in the rest of [begin, end), whole vectors that hold
+  // `own`. Returns what was summed up before is to be multiplied with.
+  T add(T* s, int64_t begin, int64_t end, Keys own, T factor) {
     using V = Vec<T>;
     constexpr T kOut = -std::numeric_limits<T>::infinity();
     own = {std::max(own.begin, begin), std::max(own.end, begin)};
     std::fill(s + begin, s + std::min(own.begin, end), kOut);
     std::fill(s + std::min(std::max(own.end, own.begin), end), s + end, kOut);
-    const T here = top(s, begin, end) * scale, before = max;
+    const T here = top(s, begin, end), before = max;
     if (!(here <= max)) max = here;  // NaN too
-    const T shift = max == kOut ? T(0) : max;
+    const T highest = max == kOut ? T(0) : max;
+    const bool small = is_small(highest, factor);
     V sums[2] = {V::zero(), V::zero()};
     for_vectors<T>(begin, end, [&](auto kind, int64_t at) FASTLM_LAMBDA_INLINE {
       using W = decltype(kind);
-      const W e = exponential<W>(s + at, scale, shift, plain);
+      const W e = exponential<W>(s + at, factor, highest, small);
       e.store(s + at);
       if constexpr (W::kParts > 1)
         unrolled<W::kParts>([&](int j) FASTLM_LAMBDA_INLINE { sums[j % 2] = sums[j % 2] + e.parts[j]; });
       else
         sums[0] = sums[0] + e;
     });
-    const T factor = before == max || before == kOut ? T(1) : std::exp(before - max);  // nothing was there before kOut
-    sum = sum * factor + total(sums[0] + sums[1]);
-    return factor;
+    const T earlier = before == max || before == kOut ? T(1) : rescaling(before, max, factor);  // nothing before kOut
+    sum = sum * earlier + total(sums[0] + sums[1]);
+    return earlier;
   }
 
   // Natural logarithm of the sum of exponentials of scores.
-  T lse() const { return sum == 0 ? -std::numeric_limits<T>::infinity() : max + std::log(sum); }
+  T lse(T scale) const { return sum == 0 ? -std::numeric_limits<T>::infinity() : max * scale + std::log(sum); }
 
  private:
   static T top(const T* s, int64_t begin, int64_t end) {
