@@ -50,6 +50,8 @@ if _forced is not None:
 def backend(name: str) -> Iterator[None]:
     """Forces a back end for the calls inside (eager only): "reference", "cpu", "cuda" or "triton".
 
+    For all threads: threads that force different ones at once are in each other's way.
+
     Raises:
         ValueError: the name is unknown.
         RuntimeError: the back end is not available here (`fastlm.info()` says why).

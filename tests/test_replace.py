@@ -120,6 +120,8 @@ def test_explain_a_model() -> None:
     }.items():
         assert word in told["left"][name]
     assert "  gru: fastlm.nn.GRU\n" in str(told)
+    model.gru.forward = model.gru.forward
+    assert "forward was set on the instance" in fastlm.explain(model)["left"]["gru"]
 
 
 def test_explain_the_root_and_what_was_parametrised_later() -> None:

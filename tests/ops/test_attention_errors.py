@@ -72,6 +72,7 @@ OPTIONS: list[Wrong] = [
 
 DENSE: list[Wrong] = [
     *OPTIONS,
+    ({"k": F(2, 2, 5, 8).to_sparse()}, ValueError, "k"),
     ({"q": F(4, 3, 8)}, ValueError, "q"),
     ({"k": F(2, 5, 8)}, ValueError, "k"),
     ({"v": F(1, 2, 2, 5, 6)}, ValueError, "v"),
