@@ -7,10 +7,12 @@ MAX_JOBS=N         parallel compiler processes (with ninja)
 
 import os
 import platform
+import shutil
 from pathlib import Path
 
 from setuptools import Command, setup
 from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 PURE = os.environ.get("FASTLM_PURE", "0") not in ("", "0")
@@ -56,17 +58,26 @@ def extension() -> dict[str, object]:
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
 
 
-class BuildWithoutCompilerSupport(build):
-    """Stands in where torch or pybind11 cannot be imported: metadata and sdist work, a build says what is missing."""
+class Refusal:
+    """Stands in where torch, pybind11 or a compiler is missing: metadata and sdist work, a build says so."""
 
     error: ImportError
 
     def run(self) -> None:
         """Refuses."""
         raise SystemExit(
-            f"fastlm: cannot compile its kernels: {self.error}. Install {', '.join(BUILD_REQUIREMENTS)} first"
-            " (an isolated build does), or set FASTLM_PURE=1 to build without kernels."
+            f"fastlm: cannot compile its kernels: {self.error}. Install a C++ compiler (g++) and"
+            f" {', '.join(BUILD_REQUIREMENTS)} first (an isolated build does the latter), or set FASTLM_PURE=1 to build"
+            " without kernels."
         )
+
+
+class RefusedBuild(Refusal, build):
+    """pip's way."""
+
+
+class RefusedExtension(Refusal, build_ext):
+    """That of make."""
 
 
 def arguments() -> dict[str, object]:
@@ -75,10 +86,13 @@ def arguments() -> dict[str, object]:
         return {}
     requirements: dict[str, object] = {"setup_requires": BUILD_REQUIREMENTS}
     try:
+        compiler = os.environ.get("CXX", "c++").split()[0]
+        if shutil.which(compiler) is None:
+            raise ImportError(f"found no C++ compiler ({compiler})")
         return requirements | extension()
     except ImportError as error:
-        BuildWithoutCompilerSupport.error = error
-        commands: dict[str, type[Command]] = {"build": BuildWithoutCompilerSupport}
+        Refusal.error = error
+        commands: dict[str, type[Command]] = {"build": RefusedBuild, "build_ext": RefusedExtension}
         return requirements | {"cmdclass": commands}
 
 

@@ -97,6 +97,21 @@ print(cpu["available"], "fastlm._C" in cpu["reason"], tuple(output.shape))
     assert run_python(code, cwd=ROOT).split("\n")[0] == "False True (5, 2, 4)"
 
 
+@pytest.mark.parametrize("command", [["build"], ["build_ext", "--inplace"]], ids=str)
+def test_a_missing_compiler_is_told(command, tmp_path):
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "fastlm").mkdir()
+    (tmp_path / "fastlm" / "__init__.py").write_text('__version__ = "0"\n')
+    environment = {**os.environ, "CXX": "no-such-compiler", "FASTLM_PURE": "0"}
+    arguments = [sys.executable, "setup.py", "-q", *command]
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "found no C++ compiler (no-such-compiler). Install" in done.stderr
+    assert "FASTLM_PURE=1" in done.stderr
+
+
 def test_import_changes_nothing():
     code = """
 import sys, warnings

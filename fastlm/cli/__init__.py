@@ -1,5 +1,6 @@
 """The command line `fastlm`: arguments in, calls of the package, text out."""
 
+import errno
 import sys
 import traceback
 from collections.abc import Sequence
@@ -27,6 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _describe(error: Exception) -> str:
     """One line; what Python raises by itself is named, since its message alone may say little."""
+    cause = error
+    while not isinstance(cause, OSError) and (cause.__cause__ or cause.__context__):
+        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+    if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:  # libraries wrap it in errors of their own
+        error = cause
     if isinstance(error, ModuleNotFoundError):
         return f"{EXTRA}: {error}"
     if hasattr(error, "format_message"):  # typer's, about an argument

@@ -18,7 +18,7 @@ def generate(
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token each time.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Makes the text repeatable.")] = None,
     interactive: Annotated[bool, typer.Option("--interactive", help="Ask for prompts until end of input.")] = False,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="CPU threads.")] = 1,
     debug: Debug = False,
 ) -> None:
     """Let a model write, after a prompt or after each line typed (--interactive)."""

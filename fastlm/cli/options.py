@@ -11,4 +11,4 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came f
 CheckpointFolder = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a training run, or of a checkpoint in it.")
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads. Default: torch's choice.")]

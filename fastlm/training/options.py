@@ -1,6 +1,7 @@
 """What a training run is told: every option with its default, its limits and its help text, once."""
 
 import dataclasses
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -33,6 +34,17 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 
 # What may differ from the run that is resumed: how long, how often, and where things are.
 CHANGEABLE = {"data", "output", "steps", "epochs", "eval_every", "save_every", "log_every", "threads"}
+
+
+_DIGEST = "data_sha256"
+
+
+def _digest(path: Path) -> str:
+    made = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            made.update(block)
+    return made.hexdigest()
 
 
 def _option(default: Any, text: str, low: float | None = None, high: float | None = None) -> Any:
@@ -86,7 +98,7 @@ class TrainingOptions:
     )
     log_every: int = _option(10, "Steps between entries in the log.", 1)
     seed: int = _option(1337, "Of the weights, the batches and dropout.", 0)
-    threads: int | None = _option(None, "CPU threads. Default: torch's choice.", 1)
+    threads: int | None = _option(None, "CPU threads. Default: torch's choice.", 1, 1024)
 
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
@@ -131,6 +143,7 @@ class TrainingOptions:
     def save(self, folder: Path) -> None:
         """Writes them to a folder, as JSON."""
         values = {**dataclasses.asdict(self), "data": str(self.data.absolute()), "output": str(folder)}
+        values[_DIGEST] = _digest(self.data)
         (folder / FILE_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -143,11 +156,18 @@ class TrainingOptions:
         path = folder / FILE_NAME
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
+            values.pop(_DIGEST, None)
             return cls(**{**values, "data": Path(values["data"]), "output": folder})
         except FileNotFoundError:
             raise ValueError(f"{folder}: expected the folder of a training run, found no {FILE_NAME}") from None
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}: expected what a training run wrote: {error}") from error
+
+    def check_data(self, folder: Path) -> None:
+        """Raises ValueError where the text is not the one that the run in a folder was saved with."""
+        saved = json.loads((folder / FILE_NAME).read_text(encoding="utf-8")).get(_DIGEST)
+        if saved not in (None, _digest(self.data)):
+            raise ValueError(f"{self.data}: expected the text that the run in {folder} began with, got another one")
 
     def changed(self, **values: Any) -> "TrainingOptions":
         """The options of a run that goes on, with these in place of its own.

@@ -94,6 +94,8 @@ def train(
     quiet()
 
     corpus = load_corpus(options, output if resume else None)
+    if resume:
+        options.check_data(output)
     set_seed(options.seed)
     model = make_model(options, len(corpus.tokenizer))
     _prepare_folder(output, options, corpus.tokenizer, overwrite and not resume)

@@ -1,5 +1,6 @@
 """The commands, end to end and on bad input."""
 
+import errno
 import io
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastlm import cli
 from fastlm.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,6 +147,7 @@ def test_bad_data_is_one_line_and_leaves_nothing(content, message, tmp_path, cap
         (["train", "lm"], "expected a text file, in --data or FASTLM_DATA"),
         (["train", "lm", "--data", "x", "--steps", "many"], "--steps"),
         (["train", "lm", "--data", "x", "--hidden-size", "0"], "--hidden-size"),
+        (["train", "lm", "--data", "x", "--threads", "100000"], "--threads"),
         (["train", "lm", "--data", "x", "--model", "rnn"], "'gru', 'lstm', 'transformer', 'gpt2'"),
         (["train", "lm", "--data", "x", "--steps", "1", "--epochs", "1"], "steps, epochs: expected one of them"),
         (["train", "lm", "--resume"], "expected the folder of the run to resume"),
@@ -190,6 +193,13 @@ def test_damaged_checkpoints_are_named(text_file, tmp_path, capsys):
     assert "training_options.json: expected what a training run wrote" in capsys.readouterr().err
 
 
+def test_a_full_disk_is_named():
+    """However the library that met it wrapped it."""
+    error = RuntimeError("unexpected pos 63168 vs 63060")
+    error.__context__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/model.safetensors")
+    assert cli._describe(error) == "run/model.safetensors: No space left on device"
+
+
 def test_debug_shows_where_an_error_came_from(tmp_path, capsys):
     assert train(tmp_path / "none", tmp_path / "out", "--debug") == 2
     assert "Traceback" in capsys.readouterr().err
@@ -209,6 +219,7 @@ def test_process(text_file, tmp_path):
 import sys
 import fastlm
 assert not {"transformers", "typer", "datasets", "rich"} & set(sys.modules)
+from fastlm import cli
 from fastlm.cli import main
 assert main(["train", "lm", "--help"]) == 0
 assert not {"transformers", "datasets", "matplotlib"} & set(sys.modules)

@@ -14,7 +14,7 @@ from torch import Tensor
 import fastlm
 from fastlm import FastlmFallbackWarning, _native, _trace
 from fastlm.integrations import transformers as integration
-from tests.numerics import check, scaled_to_float64
+from tests.numerics import check, kernels_only, scaled_to_float64
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -146,6 +146,7 @@ def test_logits(family, padding):
     check("logits", *(logits(model, family, inputs) for model in three_models(family)))
 
 
+@kernels_only
 @pytest.mark.parametrize("family", CONFIGS)
 def test_gradients(family):
     inputs = make_inputs(family)
@@ -215,6 +216,7 @@ def test_beam_search(family):
     assert torch.equal(got, expected)
 
 
+@kernels_only
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize("masked", [False, True], ids=["without_mask", "padded"])
 @torch.no_grad()

@@ -53,6 +53,7 @@ SHAPES = [
 ]
 
 
+@kernels_only
 @kinds
 @pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "fp64", "bf16"))
 @pytest.mark.parametrize("bias", [True, False], ids=("bias", "no_bias"))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 import fastlm
 from tests.attention import check_attention, equal, make_attention, run_fastlm, same_to_the_bit
-from tests.numerics import forward_backward
+from tests.numerics import forward_backward, kernels_only
 
 
 def layouts(tensor: Tensor) -> dict[str, Tensor]:
@@ -25,6 +25,7 @@ def layouts(tensor: Tensor) -> dict[str, Tensor]:
     }
 
 
+@kernels_only
 @pytest.mark.parametrize("q_len", [2, 40])
 def test_layouts(isa: str, q_len: int) -> None:
     case = make_attention(2, 4, q_len, 17, kv_heads=2, k_len=70, causal="lower_right")
@@ -36,6 +37,7 @@ def test_layouts(isa: str, q_len: int) -> None:
             assert equal(forward_backward(run_fastlm, other), expected), (layout, names)
 
 
+@kernels_only
 def test_expanded_inputs(isa: str) -> None:
     """Stride 0 over batch, heads, steps or width."""
     for q_len in (2, 40):
@@ -45,6 +47,7 @@ def test_expanded_inputs(isa: str) -> None:
             assert same_to_the_bit(expanded, expanded.map(lambda _, tensor: tensor.contiguous()))
 
 
+@kernels_only
 def test_arriving_gradients_in_any_layout(isa: str) -> None:
     case = make_attention(2, 2, 20, 8, requires_grad=True)
     output, lse = run_fastlm(case).values()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fastlm
-from tests.numerics import check
+from tests.numerics import check, kernels_only
 
 F64 = torch.float64
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -37,6 +37,7 @@ def test_against_torch(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> 
     check("grad_x", got[1], same[1], truth[1], "gradient", scale=1.0)  # one number may be exact by luck
 
 
+@kernels_only
 def test_small_results_keep_their_digits(isa: str) -> None:
     x = torch.linspace(-10, -3, 1000)
     wide = x.double()
@@ -49,6 +50,7 @@ def test_special_values(isa: str) -> None:
     assert torch.equal(fastlm.ops.gelu(x).nan_to_num(7.0), theirs(x).nan_to_num(7.0))
 
 
+@kernels_only
 def test_layouts_and_threads(isa: str) -> None:
     x = torch.randn(301, 257)
     expected = fastlm.ops.gelu(x)

@@ -86,6 +86,7 @@ def test_no_sequences_at_all(kind: str) -> None:
     check_recurrent(replace(make_recurrent(kind, 4, 0, 3, 5), reset_mask=torch.zeros(4, 0, dtype=torch.bool)))
 
 
+@kernels_only
 @kinds
 @BOTH_WAYS
 @pytest.mark.parametrize("fill", [False, True], ids=("never", "always"))
@@ -133,6 +134,7 @@ def test_gradients_past_a_length_are_ignored(isa: str, kind: str) -> None:
     assert equal(forward_backward(run_fastlm, case, arriving=arriving(float("nan"))), expected)
 
 
+@kernels_only
 @kinds
 @BOTH_WAYS
 def test_every_way_to_say_it_gives_the_same(isa: str, kind: str, reverse: bool) -> None:

@@ -194,6 +194,16 @@ def test_bad_option(changes, message, text_file):
         dataclasses.replace(options_for(text_file, Path("out")), **changes)
 
 
+def test_resume_wants_the_text_that_the_run_began_with(text_file, tmp_path):
+    options = options_for(text_file, tmp_path / "run")
+    train(options)
+    moved = Path(shutil.copy(text_file, tmp_path / "moved.txt"))
+    resume(options.output, data=moved)
+    moved.write_text(text_file.read_text(encoding="utf-8").swapcase(), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"moved.txt: expected the text that the run in .* began with, got another"):
+        resume(options.output, steps=16)
+
+
 def test_only_some_options_change_on_resume(text_file):
     options = options_for(text_file, Path("out"))
     assert options.changed(epochs=2.0).steps is None
