@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from fastlm import ops
 from fastlm.models import _generation
@@ -13,6 +14,16 @@ from fastlm.models._sampling import Sampling
 from fastlm.ops.gemm import is_linear, linear
 
 IGNORE_INDEX = -100
+_MISSING = ("output_hidden_states", "output_attentions")
+
+
+def warn_of_missing(arguments: dict[str, Any]) -> None:
+    """Tells once of each output of transformers' models that is asked for and that these do not have."""
+    for name in _MISSING:
+        if arguments.get(name):
+            logging.get_logger("transformers.models.fastlm").warning_once(
+                f"{name}: expected False, got True; fastlm's models keep none"
+            )
 
 
 class CausalLM:
@@ -36,6 +47,7 @@ class CausalLM:
         **kwargs: Any,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Loss and logits, each None where it is not asked for, of lm_head's input (B, T, W)."""
+        warn_of_missing(kwargs)
         loss = logits = None
         # Not an argument of forward: the Trainer would evaluate only on data that have every argument with "label" in
         # its name.

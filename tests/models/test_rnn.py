@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -9,6 +10,7 @@ import fastlm
 from fastlm.models import RNNConfig, RNNForCausalLM, RNNModel
 from tests.child import check_python, run_python
 from tests.models.small import CELLS, KINDS, VOCABULARY, check_against_twin, make_model, random_ids, twin_of
+from tests.models.small_transformer import make_transformer
 from tests.numerics import check
 
 
@@ -233,3 +235,16 @@ def test_an_output_layer_that_does_more(form: str) -> None:
         assert model.lm_head.adapter.weight.grad.abs().sum() > 0
     new = model.generate(ids[:1], max_new_tokens=20, eos_token_id=None)[0, 7:].tolist()
     assert list(model.stream_tokens(ids[0], 20, eos_token_id=())) == new
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+@pytest.mark.parametrize("make", [make_model, make_transformer], ids=["rnn", "transformer"])
+def test_outputs_that_are_not_kept_are_told(make, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    logger = type(transformers.utils.logging.get_logger())
+    monkeypatch.setattr(logger, "warning_once", lambda self, text, *_: said.append(text), raising=False)
+    model, tokens = make(), torch.ones(1, 3, dtype=torch.long)
+    model(tokens)
+    assert not said
+    model(tokens, **{name: True})
+    assert [text.partition(":")[0] for text in said] == [name]

@@ -8,7 +8,7 @@ from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from fastlm.models._causal import CausalLM
+from fastlm.models._causal import CausalLM, warn_of_missing
 from fastlm.models.rnn.cache import RNNCache
 from fastlm.models.rnn.configuration import RNNConfig
 from fastlm.models.rnn.generation import Engine
@@ -77,7 +77,7 @@ class RNNModel(RNNPreTrainedModel):
             inputs_embeds (Tensor, optional): (B, T, E).
             use_cache (bool, optional): return the last state. Default: None, the configuration's.
             return_dict (bool, optional): False gives a tuple. Default: None, the configuration's.
-            **kwargs: what transformers passes to other models; plays no part.
+            **kwargs: what transformers passes to other models; plays no part. It is told where that changes the result.
 
         Returns:
             BaseModelOutputWithPast: last_hidden_state (B, T, H) of the last layer, past_key_values (None without
@@ -88,6 +88,7 @@ class RNNModel(RNNPreTrainedModel):
             TypeError: past_key_values is no RNNCache.
             RuntimeError: a state of another shape.
         """
+        warn_of_missing(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: expected exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from fastlm import ops
-from fastlm.models._causal import CausalLM
+from fastlm.models._causal import CausalLM, warn_of_missing
 from fastlm.models.transformer.configuration import TransformerConfig
 from fastlm.models.transformer.generation import Engine
 
@@ -147,7 +147,7 @@ class TransformerModel(TransformerPreTrainedModel):
             use_cache (bool, optional): return the keys and values. Default: None, the configuration's, in training
                 False.
             return_dict (bool, optional): False gives a tuple. Default: None, the configuration's.
-            **kwargs: what transformers passes to other models; plays no part.
+            **kwargs: what transformers passes to other models; plays no part. It is told where that changes the result.
 
         Returns:
             BaseModelOutputWithPast: last_hidden_state (B, T, E) after the last norm, past_key_values (None without
@@ -158,6 +158,7 @@ class TransformerModel(TransformerPreTrainedModel):
                 max_position_embeddings.
             TypeError: past_key_values is no Cache.
         """
+        warn_of_missing(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: expected exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
