@@ -78,8 +78,16 @@ def _is_unlike_sdpa(name: str) -> bool:
         for value in vars(module).values()
         if isinstance(value, type) and value.__module__ == name and hasattr(value, "_supports_sdpa")
     ]
-    special = re.search(r"""_attn_implementation.*["']sdpa["']""", inspect.getsource(module))
+    special = re.search(r"""_attn_implementation.*["']sdpa["']""", _source(module))
     return special is not None or any(not model._supports_sdpa for model in models)
+
+
+def _source(code: Any) -> str:
+    """Empty where there is none, as of a model that was typed in."""
+    try:
+        return inspect.getsource(code)
+    except (OSError, TypeError):
+        return ""
 
 
 @torch.compiler.assume_constant_result
@@ -106,7 +114,7 @@ def _attends_by_itself(name: str) -> bool:
     ]
     if not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
         return bool(classes)
-    sources = (inspect.getsource(it) for it in classes)
+    sources = (_source(it) for it in classes)
     return any("softmax(" in source and "ALL_ATTENTION_FUNCTIONS" not in source for source in sources)
 
 

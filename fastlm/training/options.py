@@ -34,8 +34,6 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 
 # What may differ from the run that is resumed: how long, how often, and where things are.
 CHANGEABLE = {"data", "output", "steps", "epochs", "eval_every", "save_every", "log_every", "threads"}
-
-
 _DIGEST = "data_sha256"
 
 
@@ -141,10 +139,17 @@ class TrainingOptions:
         return done
 
     def save(self, folder: Path) -> None:
-        """Writes them to a folder, as JSON."""
+        """Writes them to a folder, as JSON, with a digest of the text.
+
+        Raises:
+            ValueError: the folder has those of a run that began with another text.
+        """
+        digest, path = _digest(self.data), folder / FILE_NAME
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")).get(_DIGEST, digest) != digest:
+            raise ValueError(f"{self.data}: expected the text that the run in {folder} began with, got another one")
         values = {**dataclasses.asdict(self), "data": str(self.data.absolute()), "output": str(folder)}
-        values[_DIGEST] = _digest(self.data)
-        (folder / FILE_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        values[_DIGEST] = digest
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "TrainingOptions":
@@ -162,12 +167,6 @@ class TrainingOptions:
             raise ValueError(f"{folder}: expected the folder of a training run, found no {FILE_NAME}") from None
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}: expected what a training run wrote: {error}") from error
-
-    def check_data(self, folder: Path) -> None:
-        """Raises ValueError where the text is not the one that the run in a folder was saved with."""
-        saved = json.loads((folder / FILE_NAME).read_text(encoding="utf-8")).get(_DIGEST)
-        if saved not in (None, _digest(self.data)):
-            raise ValueError(f"{self.data}: expected the text that the run in {folder} began with, got another one")
 
     def changed(self, **values: Any) -> "TrainingOptions":
         """The options of a run that goes on, with these in place of its own.

@@ -94,8 +94,6 @@ def train(
     quiet()
 
     corpus = load_corpus(options, output if resume else None)
-    if resume:
-        options.check_data(output)
     set_seed(options.seed)
     model = make_model(options, len(corpus.tokenizer))
     _prepare_folder(output, options, corpus.tokenizer, overwrite and not resume)
@@ -280,8 +278,8 @@ def _prepare_folder(output: Path, options: TrainingOptions, tokenizer: PreTraine
     if replace and output.exists():
         shutil.rmtree(output.resolve())
     output.resolve().mkdir(parents=True, exist_ok=True)
+    options.save(output)  # first, for it may refuse
     tokenizer.save_pretrained(output)
-    options.save(output)
 
 
 def last_checkpoint(output: Path) -> str | None:

@@ -169,7 +169,7 @@ struct Softmax {
   static Softmax start() { return {-std::numeric_limits<T>::infinity(), T(0)}; }
 
   // s[i] becomes 2^(factor (s[i] - max)) for i in `own`, and 0 in the rest of [begin, end), whole vectors that hold
-  // `own`. Returns what was summed up before is to be multiplied with.
+  // `own`. Returns what the sums so far are to be multiplied with.
   T add(T* s, int64_t begin, int64_t end, Keys own, T factor) {
     using V = Vec<T>;
     constexpr T kOut = -std::numeric_limits<T>::infinity();
