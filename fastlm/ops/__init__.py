@@ -8,6 +8,7 @@ if _native.module is None:
 
     _pure.register()
 
+from fastlm.ops import _flops as _flops
 from fastlm.ops import gemm as gemm
 from fastlm.ops.attention import attention, attention_varlen, scaled_dot_product_attention
 from fastlm.ops.cross_entropy import linear_cross_entropy
