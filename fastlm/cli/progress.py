@@ -50,9 +50,7 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stops the clock and moves the bar."""
         self._seconds += time.perf_counter() - self._begun
-        if self._bar is not None:
-            text = f"{self._loss}{self._rate(state):,.0f} tokens/s"
-            self._bar.update(self._task, completed=state.global_step, text=text)
+        self._move(state)
 
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
@@ -60,11 +58,17 @@ class ProgressCallback(TrainerCallback):
         """Takes the loss; prints a line for a validation."""
         if "loss" in logs:
             self._loss = f"loss {logs['loss']:.4f}, "
+            self._move(state)
         if "eval_loss" in logs:
             self._console.print(
                 f"step {state.global_step}/{state.max_steps}: {self._loss}validation {logs['eval_loss']:.4f}, "
                 f"{self._rate(state):,.0f} tokens/s"
             )
+
+    def _move(self, state: TrainerState) -> None:
+        if self._bar is not None:
+            text = f"{self._loss}{self._rate(state):,.0f} tokens/s"
+            self._bar.update(self._task, completed=state.global_step, text=text)
 
     def _rate(self, state: TrainerState) -> float:
         return (state.global_step - self._first_step) * self._tokens_per_step / max(self._seconds, 1e-9)

@@ -19,8 +19,6 @@ from fastlm.training.options import FILE_NAME, TrainingOptions
 from fastlm.training.run import quiet
 from fastlm.training.trainer import mean_loss
 
-EVALUATION_ROWS = 32
-
 
 class Checkpoint(NamedTuple):
     """A model, its vocabulary, and the options of the run that made them."""
@@ -34,7 +32,7 @@ class Checkpoint(NamedTuple):
         """Reads a run's folder, or one of the checkpoints in it.
 
         Raises:
-            ValueError: the folder is none.
+            ValueError: the folder is none, or a file in it is damaged.
         """
         quiet()
         if not (folder / "config.json").is_file():
@@ -45,10 +43,13 @@ class Checkpoint(NamedTuple):
             )
         options = TrainingOptions.load(folder if (folder / FILE_NAME).is_file() else folder.absolute().parent)
         register()
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation=ATTENTION if options.model == "gpt2" else None
-        )
-        return cls(model.eval(), AutoTokenizer.from_pretrained(folder), options)
+        attention = ATTENTION if options.model == "gpt2" else None
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # transformers, tokenizers and safetensors have one of their own each
+            raise ValueError(f"{folder}: cannot read the model or its vocabulary: {error}") from error
+        return cls(model.eval(), tokenizer, options)
 
 
 class Evaluation(NamedTuple):
@@ -82,7 +83,8 @@ def evaluate(checkpoint: Checkpoint, data: Path, whole: bool = False) -> Evaluat
     seq_len: int = options.resolved().seq_len  # type: ignore[assignment]
     if len(tokens) < seq_len + 1:
         raise ValueError(f"{data}: expected at least {seq_len + 1} tokens to evaluate on, got {len(tokens)}")
-    stream = StreamDataset(tokens, seq_len, EVALUATION_ROWS)
+    # As many streams as in training: how far back a token's context begins depends on it.
+    stream = StreamDataset(tokens, seq_len, options.resolved().batch_size)  # type: ignore[arg-type]
     loss, count = mean_loss(model, DataLoader(stream, stream.rows, collate_fn=lambda batch: batch))
     unknown = tokens.count(tokenizer.unk_token_id) / len(tokens)
     return Evaluation(loss, count, round(part.characters * count / len(tokens)), unknown)

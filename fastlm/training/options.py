@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -43,6 +44,14 @@ def _digest(path: Path) -> str:
         while block := file.read(1 << 20):
             made.update(block)
     return made.hexdigest()
+
+
+def _check_name(option: str, path: Path | None) -> None:
+    """Files of a run name the data, and a JSON string holds no other bytes than UTF-8's."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{option}: expected a name in UTF-8, got {os.fsencode(str(path))!r}") from None
 
 
 def _option(default: Any, text: str, low: float | None = None, high: float | None = None) -> Any:
@@ -111,6 +120,8 @@ class TrainingOptions:
                 raise ValueError(f"{option.name}: expected one of {', '.join(choices)}, got {value}")
         if self.lr == 0:
             raise ValueError("lr: expected a number above 0, got 0")
+        for name in ("data", "output"):
+            _check_name(name, getattr(self, name))
         if self.steps is not None and self.epochs is not None:
             raise ValueError("steps, epochs: expected one of them, got both")
         if self.save_every is not None and self.save_every % self.eval_every:

@@ -1,17 +1,19 @@
 """A training run from a text file to a folder with a model, its vocabulary, checkpoints, logs and a loss curve."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 import transformers
+from filelock import FileLock, Timeout
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -36,6 +38,7 @@ from fastlm.training.tokenizer import learn_tokenizer, make_normalizer
 from fastlm.training.trainer import LanguageModelTrainer, LogBeforeSave, StopOnInterrupt
 
 CURVE = "loss.png"
+LOCK = ".lock"
 
 
 @dataclasses.dataclass
@@ -96,18 +99,18 @@ def train(
     corpus = load_corpus(options, output if resume else None)
     set_seed(options.seed)
     model = make_model(options, len(corpus.tokenizer))
-    _prepare_folder(output, options, corpus.tokenizer, overwrite and not resume)
-    trainer, interrupt = make_trainer(options, output, model, corpus, callbacks)
-    checkpoint = last_checkpoint(output) if resume else None
-    if checkpoint is not None and _is_done(trainer, checkpoint):
-        trainer.restore_best(checkpoint)
-    else:
-        with interrupt.installed():
-            trainer.train(resume_from_checkpoint=checkpoint)
-    state = trainer.state
-    interrupted = state.global_step < state.max_steps
-    _finish(trainer, output, interrupted)
-    loss = state.best_metric if interrupted else trainer.final_loss()
+    with _alone_in(output):
+        _prepare_folder(output, options, corpus.tokenizer, overwrite and not resume)
+        trainer, interrupt = make_trainer(options, output, model, corpus, callbacks)
+        checkpoint = last_checkpoint(output) if resume else None
+        if checkpoint is not None and _is_done(trainer, checkpoint):
+            trainer.restore_best(checkpoint)
+        else:
+            with interrupt.installed():
+                trainer.train(resume_from_checkpoint=checkpoint)
+        state = trainer.state
+        interrupted = state.global_step < state.max_steps
+        loss = _finish(trainer, output, interrupted)
     return Result(output, state.global_step, interrupted, loss, corpus.characters_per_token)
 
 
@@ -266,7 +269,7 @@ def _adam(options: TrainingOptions) -> tuple[type[torch.optim.Optimizer], dict[s
 
 
 def _check_free(output: Path, overwrite: bool) -> None:
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not output.exists() or (output.is_dir() and all(entry.name == LOCK for entry in output.iterdir())):
         return
     if not (output / FILE_NAME).is_file():
         raise ValueError(f"{output}: exists and is no training run; name another output folder")
@@ -274,10 +277,25 @@ def _check_free(output: Path, overwrite: bool) -> None:
         raise ValueError(f"{output}: holds a training run already; go on with --resume or replace it with --overwrite")
 
 
-def _prepare_folder(output: Path, options: TrainingOptions, tokenizer: PreTrainedTokenizerFast, replace: bool) -> None:
-    if replace and output.exists():
-        shutil.rmtree(output.resolve())
+@contextlib.contextmanager
+def _alone_in(output: Path) -> Iterator[None]:
+    """Makes a run's folder and keeps other processes' runs out of it."""
     output.resolve().mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(output / LOCK, timeout=0).acquire()
+    except Timeout:
+        raise ValueError(f"{output}: another process is training in it") from None
+    with lock:
+        yield
+
+
+def _prepare_folder(output: Path, options: TrainingOptions, tokenizer: PreTrainedTokenizerFast, replace: bool) -> None:
+    if replace:
+        for entry in output.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK:
+                entry.unlink()
     options.save(output)  # first, for it may refuse
     tokenizer.save_pretrained(output)
 
@@ -305,12 +323,16 @@ def _is_done(trainer: LanguageModelTrainer, checkpoint: str) -> bool:
     return TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step >= total
 
 
-def _finish(trainer: LanguageModelTrainer, output: Path, interrupted: bool) -> None:
-    """Writes the curve, and the best model where the run came to its end."""
-    plot_losses(trainer.state.log_history, output / CURVE)
+def _finish(trainer: LanguageModelTrainer, output: Path, interrupted: bool) -> float | None:
+    """Writes the curve, and the best model where the run came to its end; returns that one's loss."""
+    state = trainer.state
+    plot_losses(state.log_history, output / CURVE)
     if interrupted:
-        return
-    if not math.isfinite(trainer.state.best_metric):
+        return state.best_metric
+    if not math.isfinite(state.best_metric):
         raise ValueError(f"{output}: the validation loss was never a finite number; train with a lower lr")
     trainer.save_model(str(output))
+    loss = trainer.final_loss()
+    state.log_history.append({"final_loss": loss, "step": state.global_step})
     trainer.save_state()
+    return loss

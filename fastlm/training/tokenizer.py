@@ -12,6 +12,8 @@ UNKNOWN = "<unk>"
 CONTROL_CHARACTERS = r"[\x00-\x08\x0b-\x1f\x7f]"
 # Every character belongs to exactly one match, so that decoding is joining. A word takes the space before it along,
 # which keeps spaces from doubling the length of the sequence.
+# Learning byte pairs takes time that grows with the square of a word's length, and a text may have no spaces.
+LONG_WORD = r"\S{64}"
 PIECES = {"char": r"[\s\S]", "word": r" ?\w+(?:['\u2019]\w+)*| ?[^\w\s]|\s"}
 
 
@@ -61,6 +63,7 @@ def _byte_pairs(vocab_size: int) -> tuple[Tokenizer, trainers.Trainer]:
     if vocab_size < len(alphabet):
         raise ValueError(f"vocab_size: expected at least {len(alphabet)} for bpe, got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cut = pre_tokenizers.Split(Regex(LONG_WORD), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)

@@ -50,8 +50,8 @@ def test_train_evaluate_generate(model, vocabulary, text_file, tmp_path, capsys)
 
     found = shown(capsys, "evaluate", output, "--data", text_file)
     loss, bits = (float(re.search(pattern, captured.out)[1]) for pattern in (r"loss ([\d.]+)", r"([\d.]+) bits"))
-    assert figure(found, "loss") == pytest.approx(loss, abs=0.02)
-    assert figure(found, "bits per character") == pytest.approx(bits, rel=0.01)
+    assert figure(found, "loss") == pytest.approx(loss, abs=2e-4)
+    assert figure(found, "bits per character") == pytest.approx(bits, rel=0.01)  # of which one is of all characters
     whole = shown(capsys, "evaluate", output, "--data", text_file, "--whole")
     assert "all of it" in whole
 
@@ -154,6 +154,7 @@ def test_bad_data_is_one_line_and_leaves_nothing(content, message, tmp_path, cap
         (["train", "lm", "--resume", "--output", "nowhere"], "found no training_options.json"),
         (["evaluate", "nowhere", "--data", "x"], "found no config.json"),
         (["generate", "nowhere"], "found no config.json"),
+        (["generate", "nowhere", "--temperature", "inf"], "--temperature"),
         (["dance"], "No such command 'dance'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -185,9 +186,11 @@ def test_a_pipe_is_no_data(tmp_path, capsys):
 def test_damaged_checkpoints_are_named(text_file, tmp_path, capsys):
     output = tmp_path / "out"
     assert train(text_file, output, "--steps", "1") == 0
-    (output / "model.safetensors").write_bytes(b"\x00")
-    assert main(["generate", str(output)]) == 2
-    assert "Error" in capsys.readouterr().err
+    capsys.readouterr()
+    for name in ("tokenizer.json", "model.safetensors"):
+        (output / name).write_bytes(b"\x00")
+        assert main(["generate", str(output)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {output}: cannot read the model or its vocabulary: ")
     (output / "training_options.json").write_text("{")
     assert main(["evaluate", str(output), "--data", str(text_file)]) == 2
     assert "training_options.json: expected what a training run wrote" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """Vocabularies: decoding gives the text again, saving gives the vocabulary again."""
 
+import random
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -46,3 +48,14 @@ def test_byte_pairs_know_everything():
     assert tokenizer.decode(tokenizer("日本 ünseen")["input_ids"]) == "日本 ünseen"
     with pytest.raises(ValueError, match="vocab_size: expected at least 256 for bpe, got 100"):
         learn_tokenizer(["abc"], "bpe", 100, make_normalizer())
+
+
+def test_byte_pairs_of_a_text_without_spaces():
+    """A word of its whole length would take hours to learn from."""
+    text = "".join(random.Random(0).choices("ACGT", k=100_000))
+    tokenizer = learn_tokenizer([text], "bpe", 400, make_normalizer())
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert len(ids) < 0.4 * len(text)
+    repeated = learn_tokenizer(["ab" * 50_000], "bpe", 400, make_normalizer())
+    assert max(len(token) for token in repeated.get_vocab()) == 64
