@@ -50,11 +50,12 @@ if _forced is not None:
 def backend(name: str) -> Iterator[None]:
     """Forces a back end for the calls inside (eager only): "reference", "cpu", "cuda" or "triton".
 
-    For all threads: threads that force different ones at once are in each other's way.
+    Of the whole process, not of a thread. A `Stream` keeps the one that it was made with.
 
     Raises:
         ValueError: the name is unknown.
-        RuntimeError: the back end is not available here (`fastlm.info()` says why).
+        RuntimeError: the back end is not available here (`fastlm.info()` says why), or, at a call inside, has no kernel
+            for it.
     """
     global _forced
     previous, _forced = _forced, _check_name(name, "fastlm.backend")
@@ -69,10 +70,17 @@ def forced() -> str | None:
     return _forced
 
 
+def has_kernels() -> bool:
+    """True where kernels run that are no operations: they are there, and the reference is not forced."""
+    return _native.module is not None and _forced != "reference"
+
+
 def fall_back(reason: str) -> None:
-    """Tells that the reference runs: one warning per reason, or an error under FASTLM_STRICT=1."""
+    """Tells that the reference runs: one warning per reason, or an error under FASTLM_STRICT=1 or a forced back end."""
+    if _forced not in (None, "reference"):
+        raise RuntimeError(f"fastlm (back end {_forced!r} is forced): {reason}")
     if os.environ.get("FASTLM_STRICT", "0") not in ("", "0"):
-        raise RuntimeError(f"fastlm (FASTLM_STRICT=1): no kernel covers this call: {reason}")
+        raise RuntimeError(f"fastlm (FASTLM_STRICT=1): {reason}")
     if reason not in _warned:
         _warned.add(reason)
         _warn(f"fastlm runs the plain reference: {reason}")

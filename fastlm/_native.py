@@ -13,3 +13,5 @@ except ImportError as error:
     # A missing module was never built (FASTLM_PURE=1); anything else is a broken build and is told whole.
     reason = f"the extension fastlm._C is not available: {error}"
     broken = not isinstance(error, ModuleNotFoundError)
+else:
+    module.cpu_isa()  # chosen now, so that a wrong FASTLM_CPU_ISA is an error of the import

@@ -8,7 +8,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastlm import _native, _trace
 from fastlm._report import Report
-from fastlm.nn import GRU, LSTM, GRUCell, LSTMCell, MultiheadAttention
+from fastlm.nn import GRU, LSTM, Dropout, GRUCell, LSTMCell, MultiheadAttention
 from fastlm.nn._twin import TorchTwin, change_class
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
@@ -39,7 +39,8 @@ def replace(model: _Model) -> _Model:
 
 def restore(model: _Model) -> _Model:
     """Undoes `replace`: every fastlm.nn module becomes its torch.nn twin again, in place. Returns the model."""
-    _change_classes("restore", model, {twin: torch_class for torch_class, twin in _TWINS.items()})
+    twins: list[type[Any]] = [*_TWINS.values(), Dropout]
+    _change_classes("restore", model, {twin: twin.torch_class for twin in twins})
     for module in model.modules():
         for attribute, value in module.__dict__.pop(_TAKEN, {}).items():
             setattr(module, attribute, value)

@@ -3,10 +3,12 @@ import copy
 import pytest
 import torch
 from torch.nn.utils import parametrizations
+from torch.utils._pytree import tree_leaves
 
 import fastlm
 from fastlm import _native, _trace
 from tests.nn.twins import CELLS, LAYERS, check_twins
+from tests.numerics import kernels_only
 
 KINDS = LAYERS + CELLS
 
@@ -98,6 +100,37 @@ def test_no_old_weight_is_kept_alive() -> None:
     assert not any(isinstance(value, list) and any(map(torch.is_tensor, value)) for value in vars(model).values())
 
 
+def test_dropout_goes_back_but_is_not_replaced() -> None:
+    model = torch.nn.Sequential(fastlm.nn.Dropout(0.3), torch.nn.Dropout(0.4))
+    fastlm.replace(model)
+    assert [type(module) for module in model] == [fastlm.nn.Dropout, torch.nn.Dropout]
+    assert fastlm.explain(model)["replaced"] == {"0": "fastlm.nn.Dropout"}
+    assert type(model[0].to_torch()) is torch.nn.Dropout
+    fastlm.restore(model)
+    assert [type(module) for module in model] == [torch.nn.Dropout, torch.nn.Dropout]
+    assert torch.jit.script(model.eval())(torch.ones(3)).tolist() == [1, 1, 1]
+
+
+QUANTISED = (torch.nn.GRU, torch.nn.LSTM, torch.nn.GRUCell, torch.nn.LSTMCell)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", QUANTISED, ids=lambda kind: kind.__name__)
+def test_what_knows_torchs_modules_takes_restored_ones(kind: type) -> None:
+    """Dynamic quantisation, and a trace by torch.fx."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(kind(8, 16)), torch.randn(3, 2, 8)
+    x = x[0] if "Cell" in kind.__name__ else x
+    quantise = torch.ao.quantization.quantize_dynamic
+    expected = quantise(model, {kind}, dtype=torch.qint8)(x)
+    restored = fastlm.restore(fastlm.replace(model))
+    got = quantise(restored, {kind}, dtype=torch.qint8)(x)
+    for one, other in zip(tree_leaves(got), tree_leaves(expected), strict=True):
+        assert torch.equal(one, other)
+    traced = torch.fx.symbolic_trace(restored)
+    assert torch.equal(tree_leaves(traced(x))[0], tree_leaves(restored(x))[0])
+
+
 @pytest.mark.parametrize("function", [fastlm.replace, fastlm.restore])
 def test_not_a_module(function) -> None:
     with pytest.raises(TypeError, match=rf"fastlm.{function.__name__}: expected a torch.nn.Module, got dict"):
@@ -129,7 +162,7 @@ def test_explain_the_root_and_what_was_parametrised_later() -> None:
     assert fastlm.explain(module) == {"replaced": {"(model)": "fastlm.nn.LSTM"}, "left": {}}
 
 
-@pytest.mark.skipif(_native.module is None, reason="needs the extension")
+@kernels_only
 def test_explain_a_call_on_the_kernel() -> None:
     isa = _native.module.cpu_isa()
     told = fastlm.explain(fastlm.nn.GRU(5, 7, 2), torch.randn(6, 4, 5))

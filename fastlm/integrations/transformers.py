@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastlm import _backend
-from fastlm.ops import attention, scaled_dot_product_attention
-from fastlm.ops.attention import share_beside_sink
+from fastlm.ops import scaled_dot_product_attention
+from fastlm.ops.attention import checked_attention, share_beside_sink
 
 NAME = "fastlm"
 
@@ -192,7 +192,7 @@ def attention_forward(
         attention_mask, position_bias = position_bias, None
     elif position_bias is not None and attention_mask.dtype != torch.bool:
         attention_mask, position_bias = attention_mask + position_bias, None
-    output = attention(
+    output = checked_attention(
         query,
         key,
         value,
@@ -203,7 +203,7 @@ def attention_forward(
         sinks=s_aux,
         dropout_p=dropout,
         return_lse=sinks is not None,
-        _bias=position_bias,
+        bias=position_bias,
     )
     if sinks is not None:
         output, lse = output

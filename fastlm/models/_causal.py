@@ -11,7 +11,7 @@ from transformers.utils import logging
 from fastlm import ops
 from fastlm.models import _generation
 from fastlm.models._sampling import Sampling
-from fastlm.ops.gemm import is_linear, linear
+from fastlm.nn._linear import is_linear, linear
 
 IGNORE_INDEX = -100
 _MISSING = ("output_hidden_states", "output_attentions")

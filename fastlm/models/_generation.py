@@ -6,9 +6,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastlm import _native
+from fastlm import _backend, _native
 from fastlm.models._sampling import Sampling
-from fastlm.ops.gemm import is_linear
+from fastlm.nn._linear import is_linear
 
 # Of new tokens: below, narrowing the output layer's weights costs more than it saves.
 _WORTH_NARROWING = 16
@@ -60,7 +60,7 @@ def _chooser(
     if sampling is not None:
         return lambda hidden: sampling.draw(logits(hidden))
     narrows = weight.dtype in (torch.float32, torch.float64) and max_new_tokens >= _WORTH_NARROWING
-    if narrows and _native.module is not None:
+    if narrows and _backend.has_kernels():
         return _Argmax(weight, bias)
     return lambda hidden: int(logits(hidden).argmax())
 

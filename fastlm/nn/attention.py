@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.nn._twin import TorchTwin
+from fastlm.ops import _common
 from fastlm.ops.attention import attention_with_weights
 
 
@@ -16,7 +17,7 @@ class MultiheadAttention(TorchTwin, torch.nn.MultiheadAttention):
 
     Unlike there, a query that may attend to nothing gives 0, not NaN, and weights 0; what is returned does not depend
     on the mode (torch's evaluation takes another path); need_weights=True costs the weights alone, while the output
-    still comes from the kernel.
+    still comes from the kernel. Nested tensors go to torch's own attention.
     """
 
     torch_class = torch.nn.MultiheadAttention
@@ -52,6 +53,7 @@ class MultiheadAttention(TorchTwin, torch.nn.MultiheadAttention):
             AssertionError, RuntimeError: as torch.nn.MultiheadAttention.
         """
         if query.is_nested or key.is_nested or value.is_nested:
+            _common.plan("attention", (query, key, value), "attention has no kernel for nested tensors")
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )

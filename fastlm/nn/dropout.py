@@ -4,13 +4,16 @@ import torch
 from torch import Tensor
 
 from fastlm import ops
+from fastlm.nn._twin import TorchTwin
 
 
-class Dropout(torch.nn.Dropout):
+class Dropout(TorchTwin, torch.nn.Dropout):
     """torch.nn.Dropout by `fastlm.ops.dropout`.
 
     `fastlm.replace` leaves torch's where it is: it drops other values under the same seed.
     """
+
+    torch_class = torch.nn.Dropout
 
     def forward(self, input: Tensor) -> Tensor:
         """input, of any shape, with some values 0 in training; itself in evaluation."""

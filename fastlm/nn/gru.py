@@ -36,14 +36,14 @@ class GRU(Recurrent):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        proj_size: None = None,
+        proj_size: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
         weight_dropout: float = 0.0,
         locked_dropout: bool = False,
     ) -> None:
-        if proj_size is not None:
+        if proj_size:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype

@@ -174,17 +174,17 @@ class Stream:
 
     def clone(self) -> "Stream":
         """A stream that goes on from here on its own; the packed weights are shared."""
-        twin = object.__new__(Stream)
-        twin.__dict__.update(self.__dict__, _engine=self._engine.clone())
-        return twin
+        clone = object.__new__(Stream)
+        clone.__dict__.update(self.__dict__, _engine=self._engine.clone())
+        return clone
 
     def __copy__(self) -> "Stream":
         return self.clone()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Stream":
-        twin = self.clone()
-        twin._module = copy.deepcopy(self._module, memo)
-        return twin
+        clone = self.clone()
+        clone._module = copy.deepcopy(self._module, memo)
+        return clone
 
     def refresh(self) -> None:
         """Packs the module's weights again, after they changed; states stay.
@@ -211,7 +211,7 @@ class Stream:
 
     def _make_engine(self) -> "_Kernels | _Reference":
         layers = [_four(read_weights(self._module, names)) for names in self._module._all_weights]
-        if _native.module is None:
+        if not _backend.has_kernels():
             return _Reference(
                 self._lstm, self._bfloat16_weights, layers, self._states_shape, self._dtype, self._cell_dtype
             )
@@ -281,14 +281,14 @@ class _Kernels:
         self._stream.reset(row)
 
     def clone(self) -> "_Kernels":
-        twin = copy.copy(self)
-        twin._stream = self._stream.clone()
-        twin._run = twin._stream.run
-        return twin
+        clone = copy.copy(self)
+        clone._stream = self._stream.clone()
+        clone._run = clone._stream.run
+        return clone
 
 
 class _Reference:
-    """The same where the extension is missing."""
+    """The same in plain operations."""
 
     def __init__(
         self,
@@ -299,7 +299,6 @@ class _Reference:
         dtype: torch.dtype,
         cell_dtype: torch.dtype,
     ) -> None:
-        _backend.fall_back("Stream has no kernel without the extension")
         self._lstm, self._dtype, self._cell_dtype = lstm, dtype, cell_dtype
         # Arithmetic in the cell's type; only h is rounded to the module's between steps. Copies, as if packed.
         self._layers = [
@@ -340,9 +339,9 @@ class _Reference:
         self._c[:, row] = 0
 
     def clone(self) -> "_Reference":
-        twin = copy.copy(self)
-        twin._h, twin._c = self._h.clone(), self._c.clone()
-        return twin
+        clone = copy.copy(self)
+        clone._h, clone._c = self._h.clone(), self._c.clone()
+        return clone
 
 
 def _dense(tensor: Tensor) -> Tensor:

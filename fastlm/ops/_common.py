@@ -23,7 +23,7 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[object, ...], layout:
     if len(shape) != len(expected) or any(
         not isinstance(want, str) and got != want for got, want in zip(shape, expected, strict=True)
     ):
-        want = "(" + ", ".join(str(size) for size in expected) + ")"
+        want = "(" + ", ".join(str(size) for size in expected) + ("," if len(expected) == 1 else "") + ")"
         raise ValueError(f"{name}: expected shape {layout} = {want}, got {tuple(shape)}")
 
 
@@ -208,22 +208,18 @@ class Plan(NamedTuple):
     kernel: bool
 
 
-def plan(what: str, tensors: tuple[Tensor | None, ...]) -> Plan:
-    """Chooses path and dtype of one call by transforms, autocast, what is forced, device and dtype."""
+def plan(what: str, tensors: tuple[Tensor | None, ...], uncovered: str | None = None) -> Plan:
+    """Chooses path and dtype of one call by transforms, autocast, what is forced, device and dtype.
+
+    uncovered: why no kernel takes the call, whatever its tensors are.
+    """
     x = tensors[0]
     assert x is not None
     dtype = _autocast_dtype(x) or x.dtype
-    reason = _reason_for_reference(what, tensors, dtype)
+    reason = _reason_for_reference(what, tensors, dtype, uncovered)
     if _trace.calls is not None:
         _trace.record(what, reason)
     return Plan(_cast(dtype, tensors), reason is None)
-
-
-def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors as an active autocast asks for them, by the first; differentiable."""
-    x = tensors[0]
-    assert x is not None
-    return _cast(_autocast_dtype(x) or x.dtype, tensors)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -244,7 +240,9 @@ def _cast(dtype: torch.dtype, tensors: tuple[Tensor | None, ...]) -> tuple[Tenso
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
-def _reason_for_reference(what: str, tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> str | None:
+def _reason_for_reference(
+    what: str, tensors: tuple[Tensor | None, ...], dtype: torch.dtype, uncovered: str | None
+) -> str | None:
     """Why the reference runs, or None where a kernel does; what is not the caller's wish is told as a fallback."""
     if composed_path(*tensors):
         return "derivatives by torch.func or forward-mode AD need the operation written out"
@@ -255,6 +253,8 @@ def _reason_for_reference(what: str, tensors: tuple[Tensor | None, ...], dtype: 
         reason = f"{what} has no kernel for device type {device_type!r}"
     elif dtype not in KERNEL_DTYPES:
         reason = f"{what} has no kernel for {dtype}"
+    elif uncovered is not None:
+        reason = uncovered
     else:
         return None
     _backend.fall_back(reason)

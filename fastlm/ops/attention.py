@@ -72,9 +72,10 @@ def scaled_dot_product_attention(
         ValueError: shapes, dtypes or devices disagree, or a number is out of range.
         TypeError: an argument is no Tensor.
     """
-    if attn_mask is None and not dropout_p and _is_plain(query, key, value):
+    plain = attn_mask is None and not dropout_p and _is_plain(query, key, value)
+    if plain and (enable_gqa or query.shape[1] == key.shape[1]):
         try:
-            return _plain(query, key, value, is_causal, scale, enable_gqa)
+            return _plain(query, key, value, is_causal, scale)
         except (RuntimeError, ValueError):
             pass  # what follows says it by the argument's name, or knows more shapes
     tensors = {"query": query, "key": key, "value": value}
@@ -86,7 +87,8 @@ def scaled_dot_product_attention(
     q, k, v, batch = _four_dims(query, key, value)
     mask = None if attn_mask is None else _mask_of_four_dims(attn_mask, batch, (q.shape[-2], k.shape[-2]))
     causal = "upper_left" if is_causal else None
-    output = attention(q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, _names=_TORCHS_NAMES)
+    options = {"causal": causal, "scale": scale, "dropout_p": dropout_p}
+    output = checked_attention(q, k, v, mask=mask, **options, names=_TORCHS_NAMES)  # type: ignore[arg-type]
     return output.reshape(*batch, *output.shape[-2:])  # type: ignore[union-attr]
 
 
@@ -102,10 +104,8 @@ def _check_heads_broadcast(tensors: dict[str, Tensor], enable_gqa: bool) -> None
             raise ValueError(f"{name}: expected {expected} heads (those of {first}){without}, got {count}")
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool) -> Tensor:
+def _plain(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None) -> Tensor:
     """The common case, with no checks but the op's: a call for a single token would feel them."""
-    if not enable_gqa and q.shape[1] != k.shape[1]:
-        raise ValueError
     right = 0 if is_causal else _UNLIMITED
     run = _recorded if _common.requires_grad(q, k, v) else _forward_plain
     scale = _default_scale(q) if scale is None else scale
@@ -171,9 +171,6 @@ def attention(
     kv_lengths: Tensor | list[int] | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
-    _seed: Tensor | None = None,
-    _bias: Tensor | None = None,
-    _names: tuple[str, str, str, str] = _NAMES,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The product softmax(q k^T) v with all that models put into the scores; nothing of size Tq x Tk is stored.
 
@@ -188,7 +185,8 @@ def attention(
             added, of q's dtype or float32, differentiable. Default: None.
         causal (str, optional): "upper_left": query i sees keys j <= i. "lower_right": j <= i + Tk - Tq, for new queries
             against a cache. Default: None.
-        window (tuple of int): (left, right), query at p sees p - left <= j <= p + right; -1: unlimited. Default: both.
+        window (tuple of int): (left, right), query at p sees p - left <= j <= p + right; -1 means unlimited. Default:
+            (-1, -1).
         scale (float, optional): Default: 1 / sqrt(D).
         softcap (float, optional): c > 0: scores become c tanh(score / c) (Gemma Team 2024). Default: None.
         alibi_slopes (Tensor, optional): (Hq,) or (B, Hq), adds -slope |p - j| (Press et al. 2022). No gradient.
@@ -213,30 +211,67 @@ def attention(
     that of torch's attention, plus rounding. Results do not depend on the number of threads.
     Flash attention: Dao et al. 2022 (arXiv:2205.14135).
     """
+    return checked_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        kv_lengths=kv_lengths,
+        dropout_p=dropout_p,
+        return_lse=return_lse,
+    )
+
+
+def checked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: str | None = None,
+    window: tuple[int, int] = (_UNLIMITED, _UNLIMITED),
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    kv_lengths: Tensor | list[int] | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    seed: Tensor | None = None,
+    bias: Tensor | None = None,
+    names: tuple[str, str, str, str] = _NAMES,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention`, with dropout's seed, a float mask besides a bool one, and what errors call q, k, v and mask."""
     plain = _is_plain(q, k, v)  # the op then checks these itself: a call for a single token would feel it
     if not plain:
-        _check_dense((q, k, v), _names)
+        _check_dense((q, k, v), names)
     batch, q_heads, q_len, _ = q.shape
-    keep = bias = None
-    if mask is not None or _bias is not None:
+    keep = added = None
+    if mask is not None or bias is not None:
         full = (batch, q_heads, q_len, k.shape[2])
-        keep, bias = _check_mask(mask, q, full, _names)
-        if _bias is not None:  # a float mask besides a bool one: the kernels read both in place
-            bias = _check_mask(_bias, q, full, _names)[1]
+        keep, added = _check_mask(mask, q, full, names)
+        if bias is not None:
+            added = _check_mask(bias, q, full, names)[1]
     if kv_lengths is not None:
         kv_lengths = _common.integers("kv_lengths", kv_lengths)
         _common.check_shape("kv_lengths", kv_lengths, (batch,), "(B,)")
     slopes = None if alibi_slopes is None else _check_slopes(alibi_slopes, q, batch, q_heads)
     numbers = _numbers(q, causal, window, scale, softcap, dropout_p)
-    if dropout_p and _seed is None:
-        _seed = _common.draw_seed()
-    options = _Options(keep, bias, slopes, kv_lengths, None, None, _seed, *numbers)
+    if dropout_p and seed is None:
+        seed = _common.draw_seed()
+    options = _Options(keep, added, slopes, kv_lengths, None, None, seed, *numbers)
     sinks = None if sinks is None else _check_sinks(sinks, q, q_heads)
     try:
         return _attend(q, k, v, options, sinks, return_lse, plain)
     except (RuntimeError, ValueError):
         if plain:
-            _check_dense((q, k, v), _names)  # says it by the argument's name
+            _check_dense((q, k, v), names)  # says it by the argument's name
         raise
 
 
@@ -332,7 +367,7 @@ def attention_with_weights(
     if not need_weights:
         return attention(q, k, v, dropout_p=dropout_p, **arguments), None  # type: ignore[return-value]
     seed = _common.draw_seed() if dropout_p > 0 else None
-    output = attention(q, k, v, dropout_p=dropout_p, _seed=seed, **arguments)
+    output = checked_attention(q, k, v, dropout_p=dropout_p, seed=seed, **arguments)
     assert isinstance(output, Tensor)
     mask, scale = arguments["mask"], arguments["scale"]
     q_len, k_len = q.shape[2], k.shape[2]

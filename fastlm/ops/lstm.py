@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlm import _backend, _trace
 from fastlm.ops import _common, reference
 
 _forward = torch.ops.fastlm.lstm_forward.default
 _backward = torch.ops.fastlm.lstm_backward.default
 _forward_plain = partial(_common.call, _forward, False)
 
-State = tuple[Tensor | None, Tensor | None]
+State = tuple[Tensor | None, Tensor | None] | None
 
 
 def lstm(
@@ -36,16 +35,16 @@ def lstm(
 
     Args:
         x (Tensor): input, (T, B, I), T >= 1; float32, float64 or bfloat16. With batch_sizes (rows, I).
-        state (tuple): (h0, c0), (B, H) each (h0 (B, P) with w_hr) or as a module's, (1, B, H), dtype of x; None for
-            zeros.
+        state (tuple, optional): (h0, c0), (B, H) each (h0 (B, P) with w_hr) or as a module's, (1, B, H), dtype of x;
+            None for zeros, in place of either or of both.
         w_ih (Tensor): input weights, (4H, I), gate order i, f, g, o.
         w_hh (Tensor): recurrent weights, (4H, H), with w_hr (4H, P).
         b_ih (Tensor, optional): (4H,). Default: None.
         b_hh (Tensor, optional): (4H,). Default: None.
         w_hr (Tensor, optional): projection of the output (proj_size), (P, H); runs the reference. Default: None.
-        lengths (Tensor or list of int, optional): as in `fastlm.ops.gru`, and so the next three. Default: None.
-        batch_sizes (Tensor or list of int, optional): rows of every step. Default: None.
-        reset_mask (Tensor, optional): where h and c start anew. Default: None.
+        lengths (Tensor or list of int, optional): steps of every sequence; see `fastlm.ops.gru`. Default: None.
+        batch_sizes (Tensor or list of int, optional): rows of every step; see there. Default: None.
+        reset_mask (Tensor, optional): where h and c start anew; see there. Default: None.
         reverse (bool): run t = T-1 .. 0. Default: False.
         return_all_states (bool): also return c after every step. Default: False.
 
@@ -123,7 +122,9 @@ def lstm_cell(
     return output, c_n
 
 
-def _pair(state: object) -> State:
+def _pair(state: object) -> tuple[Tensor | None, Tensor | None]:
+    if state is None:
+        return None, None
     if not isinstance(state, tuple | list) or len(state) != 2:
         raise TypeError(f"state: expected a pair (h0, c0) of Tensors or None, got {type(state).__name__}")
     return state[0], state[1]
@@ -158,12 +159,10 @@ def projected_layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`layer` with a projection, by the reference; cells are always there."""
     _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh, sequences, w_hr)
-    reason = "lstm has no kernel for a projection (w_hr, proj_size)"
-    if _trace.calls is not None:
-        _trace.record("lstm", reason)
-    if _backend.forced() != "reference" and not _common.composed_path(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr):
-        _backend.fall_back(reason)
-    return _reference(_common.autocast(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr), sequences, reverse)
+    tensors, _ = _common.plan(
+        "lstm", (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr), "lstm has no kernel for a projection (w_hr, proj_size)"
+    )
+    return _reference(tensors, sequences, reverse)
 
 
 def _reference(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastlm
-from fastlm import FastlmFallbackWarning, _native, _trace
+from fastlm import FastlmFallbackWarning, _trace
 from fastlm.integrations import transformers as integration
 from tests.numerics import check, kernels_only, scaled_to_float64
 
@@ -364,7 +364,7 @@ def test_autocast(family):
     assert all(p.grad is None or p.grad.isfinite().all() for p in fast.parameters())
 
 
-@pytest.mark.skipif(_native.module is None, reason="without kernels everything is the reference")
+@kernels_only
 @torch.no_grad()
 def test_float16_runs_the_reference_and_says_so():
     fast, eager = (make_model("llama", implementation).half() for implementation in ("fastlm", "eager"))

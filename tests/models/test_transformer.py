@@ -11,11 +11,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import fastlm
-from fastlm import _native
 from fastlm.models import TransformerConfig, TransformerForCausalLM, TransformerModel
 from tests.models.small import PAD, VOCABULARY, random_ids
 from tests.models.small_transformer import CONTEXT, check_against_gpt2, gpt2_of, make_transformer
-from tests.numerics import check
+from tests.numerics import check, kernels_only
 
 LEFT = torch.tensor([[1] * 7, [0] * 3 + [1] * 4, [0] * 6 + [1]])
 MASKS = {"left": LEFT, "right": LEFT.flip(1), "inside": torch.tensor([[1, 0, 1, 1, 0, 0, 1]] * 3)}
@@ -150,7 +149,7 @@ def test_dropout() -> None:
     assert torch.equal(first, model(ids).logits)
 
 
-@pytest.mark.skipif(_native.module is None, reason="needs the extension")
+@kernels_only
 def test_a_training_step_copies_nothing_forward_and_once_a_layer_backward() -> None:
     model, ids = make_transformer(num_layers=3).train(), random_ids(3, CONTEXT)
     model(ids, shift_labels=ids).loss.backward()

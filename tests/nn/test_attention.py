@@ -546,3 +546,18 @@ def test_explain_a_model() -> None:
     assert told["replaced"] == {f"layers.{i}.self_attn": f"fastlm.nn.{NAME}" for i in range(2)}
     told = fastlm.explain(fastlm.nn.MultiheadAttention(EMBED, HEADS), *example({}))
     assert told["backend"] == ("cpu" if _native.module else "reference")
+
+
+def test_nested_tensors_are_torchs_and_told(monkeypatch) -> None:
+    module = fastlm.nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    x = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)])
+    with torch.no_grad():
+        with pytest.warns(fastlm.FastlmFallbackWarning, match="attention has no kernel for nested tensors"):
+            got = module(x, x, x, need_weights=False)[0]
+        expected = module.to_torch()(x, x, x, need_weights=False)[0]
+        assert torch.equal(got.to_padded_tensor(0.0), expected.to_padded_tensor(0.0))
+        told = fastlm.explain(lambda: module(x, x, x, need_weights=False))
+        assert told["backend"] == "reference"
+        monkeypatch.setenv("FASTLM_STRICT", "1")
+        with pytest.raises(RuntimeError, match="nested tensors"):
+            module(x, x, x, need_weights=False)

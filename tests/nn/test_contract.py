@@ -51,7 +51,7 @@ CONSTRUCTIONS = {
     "num_layers": ((5, 7, 0), {}),
     "proj_size": ((5, 7), {"proj_size": 7}),
     "proj_size negative": ((5, 7), {"proj_size": -1}),
-    "proj_size zero": ((5, 7), {"proj_size": 0}),
+    "proj_size positional": ((5, 7, 1, True, False, 0.0, False, 0), {}),
 }
 
 
@@ -257,10 +257,11 @@ def test_computed_weights(name: str, norm) -> None:
     for parameter, got in zip(ours.parameters(), torch.autograd.grad(total, list(ours.parameters())), strict=True):
         assert got.shape == parameter.shape
         assert got.abs().sum() > 0
+    before = ours(*call)
     with torch.no_grad():
         last = list(ours.parameters())[-1]
         last.add_(torch.linspace(0, 1, last.numel()).view_as(last))  # a factor would be normalised away
-    assert not same_to_the_bit(ours(*call), theirs(*call))
+    assert not same_to_the_bit(ours(*call), before)
 
 
 @layer
@@ -280,6 +281,37 @@ def test_data_parallel_replica(name: str) -> None:
         setattr(replica, key, 2 * weight.detach())
     assert not same_to_the_bit(replica(input), expected)
     assert same_to_the_bit(module(input), expected)
+
+
+@layer
+def test_helpers_are_torchs(name: str) -> None:
+    """Methods that callers of torch.nn.RNNBase know."""
+    ours, theirs = make(name, 5, 7, num_layers=2, bidirectional=True)
+    input, sizes, hx = torch.randn(6, 3, 5), None, states(name, (4, 3, 7))
+    order = torch.tensor([2, 0, 1])
+    for module in (ours, theirs):
+        assert module.flatten_parameters() is None
+        module.check_input(input, sizes)
+        module.check_forward_args(input, hx, sizes)
+        with pytest.raises(RuntimeError, match=r"input.size\(-1\) must be equal to input_size. Expected 5, got 4"):
+            module.check_input(input[..., :4], sizes)
+        with pytest.raises(RuntimeError, match=r"Expected hidden(\[0\])? size \(4, 3, 7\), got \[4, 3, 6\]"):
+            module.check_forward_args(input, tree_map(lambda state: state[..., :6], hx), sizes)
+    assert ours.get_expected_hidden_size(input, sizes) == theirs.get_expected_hidden_size(input, sizes) == (4, 3, 7)
+    assert same_to_the_bit(ours.permute_hidden(hx, order), theirs.permute_hidden(hx, order))
+    if name == "LSTM":
+        assert ours.get_expected_cell_size(input, sizes) == theirs.get_expected_cell_size(input, sizes)
+
+
+@every
+def test_default_dtype(name: str) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        ours, theirs = make(name, 5, 7)
+        assert all(parameter.dtype == torch.float64 for parameter in ours.parameters())
+        check_twins(ours, theirs, example(name))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @every

@@ -11,7 +11,6 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastlm
-from fastlm import _native
 from fastlm.nn import Stream
 from tests.numerics import check, kernels_only
 
@@ -226,7 +225,7 @@ def test_takes_modules_of_both(kind: str, space) -> None:
     assert repr(stream) == f"Stream({module!r}, batch=2)"
 
 
-@pytest.mark.skipif(_native.module is None, reason="there the operations below say it")
+@kernels_only
 def test_explain_sees_a_stream() -> None:
     report = fastlm.explain(Stream(make("GRU", 4, 5), 2).step, torch.randn(2, 4))
     assert report["backend"] == "cpu"

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from fastlm import _native
+from tests.numerics import kernels_only
 
-pytestmark = pytest.mark.skipif(_native.module is None, reason="only kernels have it")
+pytestmark = kernels_only
 SHAPES = [(1, 1), (2, 3), (5, 64), (33, 17), (1000, 100), (3000, 65), (10000, 256), (65, 1030)]
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=("fp32", "fp64"))
 

@@ -12,9 +12,8 @@ from torch.autograd import forward_ad
 from torch.autograd.functional import jacobian
 
 import fastlm
-from fastlm import _native
 from tests.attention import Attention, make_attention, make_varlen, run_fastlm, run_torch
-from tests.numerics import Outputs, Runner, check, check_all, forward_backward
+from tests.numerics import Outputs, Runner, check, check_all, forward_backward, kernels_only
 
 FP64, BF16 = torch.float64, torch.bfloat16
 
@@ -239,9 +238,6 @@ def op_arguments(case: Attention, requires_grad: bool = False) -> tuple:
             patch.setitem(module, name, catch)
         run_fastlm(replace(case, sinks=None))
     return made[0]
-
-
-kernels_only = pytest.mark.skipif(_native.module is None, reason="needs the extension")
 
 
 @kernels_only

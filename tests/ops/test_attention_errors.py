@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fastlm
-from fastlm import _native
 from tests.attention import make_attention, make_varlen, run_fastlm
+from tests.numerics import kernels_only
 
 F = torch.zeros
 Wrong = tuple[dict[str, Any], type[Exception], str]
@@ -219,7 +219,7 @@ def test_compiled_errors_are_the_same() -> None:
             run(wrong)
 
 
-@pytest.mark.skipif(_native.module is None, reason="torch's operators need no such checks")
+@kernels_only
 def test_op_called_directly_with_wrong_tensors() -> None:
     """Whoever goes round the public function gets an error too, never a read out of bounds."""
     case = make_attention(2, 4, 3, 8, kv_heads=2, k_len=5)

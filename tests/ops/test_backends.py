@@ -15,12 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlm
 from fastlm import _native
+from fastlm.models import RNNConfig, RNNForCausalLM
 from tests.child import check_python, run_python
 from tests.numerics import (
     Outputs,
     Recurrent,
     check_all,
     forward_backward,
+    kernels_only,
     make_recurrent,
     run_fastlm,
     run_reference,
@@ -171,6 +173,32 @@ def test_forced_names() -> None:
     assert ops_called(run_fastlm, make_recurrent("gru", 1, 1, 1, 1)) == ["gru_forward"]
 
 
+def test_a_forced_kernel_is_no_reference() -> None:
+    """What it has no kernel for is an error, also where nothing is strict."""
+    case = make_recurrent("gru", 3, 2, 4, 5, dtype=torch.float16)
+    with fastlm.backend("cpu") if _native.module else fastlm.backend("reference"):
+        run_fastlm(make_recurrent("gru", 3, 2, 4, 5))
+        if _native.module:
+            with pytest.raises(RuntimeError, match=r"back end 'cpu' is forced.*gru has no kernel for torch.float16"):
+                run_fastlm(case)
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_forced_reference_of_what_is_no_operation(kind: str) -> None:
+    layer, x = getattr(fastlm.nn, kind)(8, 16, num_layers=2), torch.randn(5, 3, 8)
+    config = RNNConfig(vocab_size=300, hidden_size=16, embedding_size=8, cell=kind.lower())
+    model = RNNForCausalLM(config).eval()
+    with torch.no_grad():
+        kernels = fastlm.nn.Stream(layer, 3).chunk(x)
+        tokens = list(model.stream_tokens([1, 2], 20))
+        with fastlm.backend("reference"):
+            stream = fastlm.nn.Stream(layer, 3)
+            assert fastlm.explain(stream.step, x[0])["backend"] == "reference"
+            stream.reset()
+            assert torch.allclose(stream.chunk(x), kernels, atol=1e-6)
+            assert list(model.stream_tokens([1, 2], 20)) == tokens
+
+
 def test_forced_by_environment() -> None:
     code = "from fastlm import _backend; print(_backend.forced())"
     assert check_python(code, FASTLM_BACKEND="reference") == "reference\n"
@@ -202,7 +230,7 @@ def test_an_extension_that_does_not_load_is_told(tmp_path: Path) -> None:
     assert told in strict.stderr
 
 
-@pytest.mark.skipif(_native.module is None, reason="needs the extension")
+@kernels_only
 def test_isa_by_environment_and_by_call() -> None:
     module = _native.module
     usable = module.cpu_isas()
@@ -212,7 +240,9 @@ def test_isa_by_environment_and_by_call() -> None:
     for name in usable:
         assert check_python(code, FASTLM_CPU_ISA=name) == f"{name}\n"
     done = run_python(code, FASTLM_CPU_ISA="sse9")
-    assert done.returncode != 0 or "sse9" in done.stderr
+    assert done.returncode != 0
+    assert "ValueError: FASTLM_CPU_ISA: expected one of scalar" in done.stderr
+    assert run_python("import fastlm", FASTLM_CPU_ISA="sse9").returncode != 0
     with pytest.raises(ValueError, match="sse9"):
         module.set_cpu_isa("sse9")
     assert set(usable) <= set(module.build_info()["isas"])

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 import fastlm
-from fastlm import _native
 from fastlm.ops import reference
 from tests.numerics import kernels_only
 
@@ -102,7 +101,7 @@ def test_derivatives(isa: str) -> None:
     assert torch.equal(grad, (output != 0) * 2.0)
 
 
-@pytest.mark.skipif(_native.module is None, reason="needs the extension")
+@kernels_only
 def test_keeps_no_mask() -> None:
     sizes: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):

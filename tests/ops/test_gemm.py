@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import fastlm
-from fastlm import _native
-from fastlm.ops import gemm
-from tests.numerics import check
+from fastlm.nn import _linear
+from fastlm.nn._linear import linear
+from tests.numerics import check, kernels_only
 
 # (m, n, k): around tile and panel edges, skinny in each dimension, deep enough for several blocks of k.
 SHAPES = (
@@ -77,36 +77,36 @@ def test_not_finite_stays_in_its_row_and_column(isa: str, form: tuple[bool, bool
         assert torch.equal(torch.ops.fastlm.gemm(a, b, *form).nan_to_num(-1), expected.nan_to_num(-1))
 
 
-@pytest.mark.skipif(_native.module is None, reason="needs the extension")
+@kernels_only
 def test_linear_is_the_product_where_nothing_stands_between(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without gradients the product, else the layer."""
     calls: list[bool] = []
-    product = gemm._gemm
-    monkeypatch.setattr(gemm, "_gemm", lambda *args: calls.append(True) or product(*args))
+    product = _linear.gemm
+    monkeypatch.setattr(_linear, "gemm", lambda *args: calls.append(True) or product(*args))
     layer, x = torch.nn.Linear(19, 37), torch.randn(2, 5, 19)
     truth = copy.deepcopy(layer).double()(x.double()).detach()
 
     with torch.no_grad():
         for rows in (x, x.transpose(0, 1), x[:, :0], x[0, 0]):
-            got = gemm.linear(layer, rows)
+            got = linear(layer, rows)
             assert got.shape == layer(rows).shape
             assert got.is_contiguous()
-        check("linear", gemm.linear(layer, x), layer(x), truth)
+        check("linear", linear(layer, x), layer(x), truth)
     layer.requires_grad_(False)
-    check("frozen", gemm.linear(layer, x), layer(x), truth)
+    check("frozen", linear(layer, x), layer(x), truth)
     assert len(calls) == 6
 
-    assert gemm.linear(layer.requires_grad_(), x).requires_grad
+    assert linear(layer.requires_grad_(), x).requires_grad
     with torch.no_grad(), fastlm.backend("reference"):
-        check("reference", gemm.linear(layer, x), layer(x), truth)
+        check("reference", linear(layer, x), layer(x), truth)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert gemm.linear(layer, x).dtype == torch.bfloat16
+        assert linear(layer, x).dtype == torch.bfloat16
     for wrong in (x[..., 1:], x.flatten(1)):
         with torch.no_grad(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-            gemm.linear(layer, wrong)
+            linear(layer, wrong)
     with torch.no_grad():
-        assert gemm.linear(copy.deepcopy(layer).bfloat16(), x.bfloat16()).dtype == torch.bfloat16
-        assert gemm.linear(copy.deepcopy(layer).to("meta"), x.to("meta")).shape == (2, 5, 37)
+        assert linear(copy.deepcopy(layer).bfloat16(), x.bfloat16()).dtype == torch.bfloat16
+        assert linear(copy.deepcopy(layer).to("meta"), x.to("meta")).shape == (2, 5, 37)
         layer.register_forward_hook(lambda *_: torch.zeros(1))
-        assert gemm.linear(layer, x).shape == (1,)
+        assert linear(layer, x).shape == (1,)
     assert len(calls) == 6

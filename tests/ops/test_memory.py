@@ -3,34 +3,18 @@
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
 
 from fastlm import _native
-from tests.numerics import Runner, forward_backward, make_recurrent, run_fastlm, run_torch
+from tests.numerics import bytes_saved, forward_backward, make_recurrent, run_fastlm, run_torch
 
 KINDS = ("gru", "lstm")
-
-
-def bytes_saved(run: Runner, kind: str, shape: tuple[int, ...]) -> int:
-    """Bytes of the distinct storages that autograd keeps between forward and backward."""
-    case = make_recurrent(kind, *shape, requires_grad=True)
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = run(case)
-    del outputs
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(50, 16, 64, 64), (20, 4, 32, 128), (100, 1, 16, 32)])
 def test_kept_for_backward_at_most_what_torch_keeps(kind: str, shape: tuple[int, ...]) -> None:
-    ours, theirs = (bytes_saved(run, kind, shape) for run in (run_fastlm, run_torch))
+    case = make_recurrent(kind, *shape, requires_grad=True)
+    ours, theirs = (bytes_saved(lambda run=run: run(case)) for run in (run_fastlm, run_torch))
     assert 0 < ours <= theirs
 
 

@@ -212,3 +212,12 @@ def test_inputs_are_left_alone(isa: str, kind: str) -> None:
     for name, tensor in case.tensors().items():
         assert torch.equal(tensor, before.tensors()[name]), name
         assert tensor._version == 0
+
+
+def test_lstm_without_a_state() -> None:
+    case = make_recurrent("lstm", 4, 3, 5, 6)
+    weights = (case.w_ih, case.w_hh, case.b_ih, case.b_hh)
+    got, expected = (fastlm.ops.lstm(case.x, state, *weights) for state in (None, (None, None)))
+    assert torch.equal(got[0], expected[0])
+    cells = [fastlm.ops.lstm_cell(case.x[0], state, *weights)[0] for state in (None, (None, None))]
+    assert torch.equal(*cells)

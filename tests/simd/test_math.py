@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from fastlm import _native
+from tests.numerics import kernels_only
 
-pytestmark = pytest.mark.skipif(_native.module is None, reason="needs the extension")
+pytestmark = kernels_only
 
 DTYPES = (np.float32, np.float64)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Window:
+class StaticCache:
     """Keys and values of one text, written into memory that is as long as the context; a cache of the layers."""
 
     def __init__(self, config: Any, like: Tensor) -> None:
@@ -34,7 +34,7 @@ class Engine:
         if model.device.type != "cpu":
             raise ValueError(f"stream_tokens: expected a model on the CPU, got one on {model.device}")
         self._context = model.config.max_position_embeddings
-        self._window = Window(model.config, model.lm_head.weight)
+        self._cache = StaticCache(model.config, model.lm_head.weight)
         self._tokens: list[int] = []
 
     def prefill(self, tokens: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class Engine:
         if len(tokens) > self._context:
             tokens = tokens[-max(1, self._context // 2) :]
         self._tokens = tokens.tolist()
-        self._window.length = 0
+        self._cache.length = 0
         return self._read(tokens)
 
     def step(self, token: int) -> Tensor:
@@ -54,4 +54,4 @@ class Engine:
 
     def _read(self, tokens: Tensor) -> Tensor:
         embeddings = self._model.embed_tokens(tokens[None])
-        return self._model.run_layers(embeddings, None, None, self._window, self._window.length, 0.0)[:, -1]
+        return self._model.run_layers(embeddings, None, None, self._cache, self._cache.length, 0.0)[:, -1]
