@@ -1,7 +1,7 @@
 """Builds the one extension, fastlm._C; everything else is in pyproject.toml.
 
 FASTLM_PURE=1      compile nothing: every operation runs on the plain reference
-FASTLM_WIDE_ISA=1  also compile the test ISA "wide": AVX-512's geometry on AVX2 registers
+FASTLM_WIDE_ISA=1  also compile the test ISAs "wide", AVX-512's geometry on AVX2 registers, and "wide_amx"
 MAX_JOBS=N         parallel compiler processes (with ninja)
 """
 
@@ -73,11 +73,11 @@ class Refusal:
 
 
 class RefusedBuild(Refusal, build):
-    """pip's way."""
+    """Raised by pip install."""
 
 
 class RefusedExtension(Refusal, build_ext):
-    """That of make."""
+    """Raised by setup.py build_ext, as make runs it."""
 
 
 def arguments() -> dict[str, object]:

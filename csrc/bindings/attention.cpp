@@ -65,7 +65,7 @@ int64_t check_starts(const Tensor& starts, const char* name, int64_t rows) {
     const int64_t least = i == 0 ? 0 : at[i - 1], most = i == 0 ? 0 : rows;
     if (at[i] < least || at[i] > most)
       fail(name + std::string(": expected rising numbers from 0 to at most ") + std::to_string(rows) + ", got " +
-           std::to_string(at[i]) + " at " + std::to_string(i));
+           std::to_string(at[i]) + " at index " + std::to_string(i));
     if (i > 0) longest = std::max(longest, at[i] - at[i - 1]);
   }
   return longest;
@@ -154,7 +154,7 @@ class AttentionCall {
       const int64_t length = read<int64_t>(kv_lengths)[b];
       if (length < 0 || length > k_len)
         fail("kv_lengths: expected numbers from 0 to " + std::to_string(k_len) + ", got " + std::to_string(length) +
-             " at " + std::to_string(b));
+             " at index " + std::to_string(b));
     }
   }
 };

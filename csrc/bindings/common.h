@@ -9,11 +9,11 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 
 #include "core/dtype.h"
+#include "core/error.h"
 #include "cpu/team.h"
 #include "cpu/workspace.h"
 
@@ -28,8 +28,6 @@ inline void parallel_for(int64_t begin, int64_t end, cpu::ParallelBody body, voi
 }
 
 inline int max_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
-
-[[noreturn]] inline void fail(const std::string& message) { throw std::invalid_argument("fastlm: " + message); }
 
 inline void check(bool holds, const char* message) {
   if (!holds) fail(message);

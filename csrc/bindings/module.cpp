@@ -58,7 +58,7 @@ void define_peak(py::module_& module, const char* name, Peak peak, const char* d
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Introspection of fastlm's compiled kernels.";
+  module.doc() = "Introspection of fastlm's compiled kernels, and those that keep packed weights: streams, argmax.";
   fastlm::bindings::define_stream(module);
   fastlm::bindings::define_argmax<float>(module, "ArgmaxFloat32");
   fastlm::bindings::define_argmax<double>(module, "ArgmaxFloat64");

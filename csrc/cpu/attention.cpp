@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/cost.h"
 #include "cpu/isa.h"
 
 namespace fastlm::cpu {
@@ -14,8 +15,7 @@ constexpr int64_t kItemsWanted = 16;       // so many items keep a few threads b
 constexpr int64_t kPartsWanted = 8;        // the same for backward, where parts of one head cost memory
 constexpr int64_t kRowsAtLeast = 96;       // per item, so that packing keys does not show
 constexpr int64_t kKeysAtLeast = 512;      // per item of backward, likewise
-constexpr double kFlopsPerNs = 60, kBytesPerNs = 20;  // of one core, cautiously
-constexpr double kNsPerThread = 12000;                // below this much work per member a second thread loses
+constexpr double kBytesPerNs = 20;         // of one core, cautiously
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -38,9 +38,7 @@ void estimate(AttentionPlan& plan, const AttentionParams<S>& p, double flops_per
     bytes += static_cast<double>(sizeof(S)) * p.kv_heads * sequence.k_len * (p.dim + p.v_dim);
   }
   plan.work_ns = static_cast<int64_t>(std::max(flops / kFlopsPerNs, bytes / kBytesPerNs));
-  const double threads = std::min<double>(
-      {static_cast<double>(max_threads), static_cast<double>(plan.items.size()), plan.work_ns / kNsPerThread});
-  plan.threads = std::max(1, static_cast<int>(threads));
+  plan.threads = threads_for(plan.work_ns, kNsPerThread, std::min<int64_t>(max_threads, plan.items.size()));
 }
 
 // The n queries or keys of sequence b in ranges of `size`, for all heads; one empty range where there are none.
@@ -98,10 +96,10 @@ template <class S>
 AttentionPlan AttentionPlan::make(const AttentionBackwardParams<S>& p, int max_threads) {
   AttentionPlan plan{};
   // Items whose gradients of the mask meet in one place are one item; it names the first.
-  const bool over_batch = p.grad_bias.data && p.grad_bias.batch == 0;
-  const bool over_heads = p.grad_bias.data && p.grad_bias.head == 0;
-  const int64_t heads = over_heads ? std::min<int64_t>(1, p.kv_heads) : p.kv_heads;
-  const int64_t batch = over_batch ? std::min<int64_t>(1, p.batch) : p.batch;
+  plan.all_batches = p.grad_bias.data && p.grad_bias.batch == 0;
+  plan.all_heads = p.grad_bias.data && p.grad_bias.head == 0;
+  const int64_t heads = plan.all_heads ? std::min<int64_t>(1, p.kv_heads) : p.kv_heads;
+  const int64_t batch = plan.all_batches ? std::min<int64_t>(1, p.batch) : p.batch;
   const int64_t wanted = ceil_div(kPartsWanted, std::max<int64_t>(1, heads * batch));
   const bool whole = p.grad_bias.data && p.grad_bias.key == 0;
   int64_t most_keys = 0;

@@ -25,11 +25,12 @@ struct AttentionItem {
 // Depends on sizes alone, `threads` excepted: results are the same for every number of them.
 struct AttentionPlan {
   std::vector<AttentionItem> items;
-  int64_t most_rows;  // of one item: query heads times queries (forward), keys (backward)
-  int64_t parts;      // at most, of the keys of one head
-  bool decode;        // so few queries that keys and values are read in place, once
-  int threads;        // wanted members
-  int64_t work_ns;    // rough time on one thread
+  int64_t most_rows;            // of one item: query heads times queries (forward), keys (backward)
+  int64_t parts;                // at most, of the keys of one head
+  bool all_batches, all_heads;  // an item of backward is of every sequence, of every head
+  bool decode;                  // so few queries that keys and values are read in place, once
+  int threads;                  // wanted members
+  int64_t work_ns;              // rough time on one thread
 
   template <class S>
   static AttentionPlan make(const AttentionForwardParams<S>& p, int max_threads);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/cost.h"
 #include "cpu/isa.h"
 
 namespace fastlm::cpu {
@@ -11,7 +12,6 @@ namespace {
 constexpr int64_t kPartsAtMost = 16, kWordsAtLeast = 32;
 // Of so few words, rows are shared. Every item has a gradient of weight of its own.
 constexpr int64_t kFewWords = 512, kItemsAtMost = 16, kRowsAtLeast = 128;
-constexpr double kFlopsPerNs = 60, kNsPerThread = 12000;  // below this much work per member a second thread loses
 
 }  // namespace
 
@@ -22,10 +22,7 @@ void cross_entropy(const CrossEntropyParams<S>& p, int max_threads, ParallelFor 
   plan.parts = plan.items > 1 ? 1 : std::clamp<int64_t>(p.vocab / kWordsAtLeast, 1, kPartsAtMost);
   const double products = 1. + (p.grad_hidden != nullptr) + (p.grad_weight != nullptr);
   plan.work_ns = static_cast<int64_t>(products * 2. * p.live_rows * p.vocab * (p.dim + 8.) / kFlopsPerNs);
-  const double threads =
-      std::min<double>({static_cast<double>(max_threads), static_cast<double>(std::max(plan.parts, plan.items)),
-                        plan.work_ns / kNsPerThread});
-  plan.threads = std::max(1, static_cast<int>(threads));
+  plan.threads = threads_for(plan.work_ns, kNsPerThread, std::min<int64_t>(max_threads, plan.parts * plan.items));
   kernels<S>().cross_entropy->run(p, plan, parallel_for);
 }
 

@@ -1,7 +1,6 @@
 #include "cpu/gemm.h"
 
-#include <algorithm>
-
+#include "cpu/cost.h"
 #include "cpu/isa.h"
 
 namespace fastlm::cpu {
@@ -9,9 +8,7 @@ namespace fastlm::cpu {
 template <class T>
 void gemm(const GemmParams<T>& p, int max_threads, ParallelFor parallel_for) {
   constexpr double kFlopsPerThread = 1e6;  // below this much work per member a second thread loses
-  const double flops = 2. * p.m * p.n * p.k;
-  const int threads = std::max(1, static_cast<int>(std::min<double>(max_threads, flops / kFlopsPerThread)));
-  kernels<T>().gemm->gemm(p, threads, parallel_for);
+  kernels<T>().gemm->gemm(p, threads_for(2. * p.m * p.n * p.k, kFlopsPerThread, max_threads), parallel_for);
 }
 
 template void gemm(const GemmParams<float>&, int, ParallelFor);

@@ -1,6 +1,7 @@
 #include "cpu/recurrent.h"
 
 #include "core/gates.h"
+#include "cpu/cost.h"
 #include "cpu/isa.h"
 
 namespace fastlm::cpu {
@@ -13,10 +14,8 @@ constexpr int64_t kBackwardBytes = 8 << 20;    // slot gradients between weight 
 constexpr int64_t kBackwardRowsAtLeast = 512;  // a full block of k for the weight gradients
 constexpr int64_t kRowsToSplit = 6;            // rows per member from which sharing the batch pays
 constexpr double kBytesInL2 = 256 << 10;       // recurrent weights that stay beside the rest
-constexpr double kFlopsPerNs = 60;             // of one core, cautiously
 constexpr double kBytesPerNs = 40;             // weights from L3, one core
-constexpr double kStreamNsPerThread = 5000;    // the same where packed weights may still lie in a member's L2
-constexpr double kNsPerThread = 12000;         // below this much work per member a second thread loses
+constexpr double kStreamNsPerThread = 5000;    // kNsPerThread where packed weights may still lie in a member's L2
 
 // Rows of some whole steps of the full batch; of steps that shrink, a chunk may take more.
 int64_t chunk_rows(int64_t most, int64_t batch, int64_t steps) {
@@ -30,11 +29,11 @@ RecurrentPlan make_plan(const Params& p, int gates, int max_threads, bool backwa
   const int64_t steps = p.ragged ? p.ragged->steps : p.seq_len;
   const double weights = static_cast<double>(gates) * p.hidden * (p.input_size + p.hidden);
   const double flops = (backward ? 4. : 2.) * rows * weights;
-  // A step with few rows waits for the weights, not for the arithmetic.
+  // A single step with few rows waits for the weights, not for the arithmetic.
   const double bytes = weights * sizeof(T) * std::min<int64_t>(p.batch, 1) * (backward ? 2 : 1);
   RecurrentPlan plan{};
   plan.work_ns = static_cast<int64_t>(std::max(flops / kFlopsPerNs, bytes / kBytesPerNs));
-  plan.threads = std::max(1, static_cast<int>(std::min<double>(max_threads, plan.work_ns / kNsPerThread)));
+  plan.threads = threads_for(plan.work_ns, kNsPerThread, max_threads);
   // Sharing the units halves the weights that a member streams through its L2 every step; where they fit anyway,
   // sharing the batch saves the barriers.
   const bool fits = static_cast<double>(gates) * p.hidden * p.hidden * sizeof(T) <= kBytesInL2;
@@ -67,7 +66,7 @@ RecurrentPlan RecurrentPlan::make_stream(const RecurrentForwardParams<S>& p, int
   const double flops = 2. * p.seq_len * p.batch * weights, bytes = weights * weight_bytes * p.seq_len;
   RecurrentPlan plan{};
   plan.work_ns = static_cast<int64_t>(std::max(flops / kFlopsPerNs, bytes / kBytesPerNs));
-  plan.threads = std::max(1, static_cast<int>(std::min<double>(max_threads, plan.work_ns / kStreamNsPerThread)));
+  plan.threads = threads_for(plan.work_ns, kStreamNsPerThread, max_threads);
   plan.split_batch = plan.threads == 1;
   plan.forward_rows = chunk_rows(plan.split_batch ? kForwardRows : kForwardRows / 2, p.batch, p.seq_len);
   return plan;

@@ -2,16 +2,11 @@
 
 #include <algorithm>
 #include <numeric>
-#include <stdexcept>
 #include <string>
 
+#include "core/error.h"
+
 namespace fastlm::cpu {
-namespace {
-
-[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument("fastlm: " + message); }
-
-}  // namespace
-
 Sequences::Sequences(const std::vector<int64_t>& lengths) : before_(1, 0) {
   for (const int64_t length : lengths) before_.push_back(before_.back() + length);
   const int64_t steps = lengths.empty() ? 0 : lengths.front();

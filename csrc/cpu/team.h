@@ -17,7 +17,8 @@ using ParallelFor = void (*)(int64_t begin, int64_t end, ParallelBody body, void
 
 class TeamState {
  public:
-  explicit TeamState(int wanted) : wanted_(wanted), shares_(wanted > 1 ? new Share[wanted] : nullptr) {}
+  explicit TeamState(int wanted)
+      : wanted_(wanted), more_(wanted > kFew ? new Share[wanted] : nullptr), shares_(more_ ? more_.get() : few_) {}
 
   // Joins with a chunk, the first of `covered` of the wanted members; returns the rank, or -1 when the door is closed.
   // Where all have come, the rank is the chunk: what a pool's thread worked on in other calls is in its cache.
@@ -35,8 +36,12 @@ class TeamState {
   };
   bool close(uint64_t seen);
 
+  static constexpr int kFew = 8;  // members of a team that allocates nothing
+
   const int wanted_;
-  const std::unique_ptr<Share[]> shares_;
+  const std::unique_ptr<Share[]> more_;
+  Share few_[kFew];
+  Share* const shares_;
   alignas(64) std::atomic<uint64_t> door_{0};  // members | covered << 16 | closed << 32
   std::atomic<int> size_{0};
   alignas(64) std::atomic<int> arrived_{0};

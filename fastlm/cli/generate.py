@@ -13,8 +13,10 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to go on with. Default: the beginning of a line.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the new text.")] = 500,
     temperature: Annotated[float, typer.Option(min=0.01, max=100, help="Lower is more cautious.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw among so many likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.0001, max=1, help="Draw among the likeliest that are so likely.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among this many likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0001, max=1, help="Sample among the fewest tokens with this total probability.")
+    ] = 1.0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token each time.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Makes the text repeatable.")] = None,
     interactive: Annotated[bool, typer.Option("--interactive", help="Ask for prompts until end of input.")] = False,

@@ -22,7 +22,7 @@ def warn_of_missing(arguments: dict[str, Any]) -> None:
     for name in _MISSING:
         if arguments.get(name):
             logging.get_logger("transformers.models.fastlm").warning_once(
-                f"{name}: expected False, got True; fastlm's models keep none"
+                f"{name}: fastlm's models do not return these; the option is ignored"
             )
 
 

@@ -137,7 +137,7 @@ def integers(name: str, values: Any) -> Tensor:
         try:
             return torch.tensor(values, dtype=torch.int64, device="cpu")
         except (RuntimeError, ValueError):
-            raise ValueError(f"{name}: expected numbers of 64 bits, got {values}") from None
+            raise ValueError(f"{name}: expected integers that fit in int64, got {values}") from None
     if not isinstance(values, Tensor):
         raise TypeError(f"{name}: expected a Tensor or a list of int, got {type(values).__name__}")
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
@@ -190,7 +190,7 @@ def _transforms() -> bool:
 
 
 def composed_path(*tensors: Tensor | None) -> bool:
-    """True where derivatives need the op written out: `torch.func` transforms and forward-mode AD.
+    """True where derivatives need the op in plain PyTorch: `torch.func` transforms and forward-mode AD.
 
     An op with a registered backward would return a silent zero tangent there. This is no fallback.
     """
@@ -245,7 +245,7 @@ def _reason_for_reference(
 ) -> str | None:
     """Why the reference runs, or None where a kernel does; what is not the caller's wish is told as a fallback."""
     if composed_path(*tensors):
-        return "derivatives by torch.func or forward-mode AD need the operation written out"
+        return "derivatives by torch.func or forward-mode AD need the operation in plain PyTorch"
     if _backend.forced() == "reference":
         return 'the back end "reference" is forced'
     device_type = tensors[0].device.type  # type: ignore[union-attr]

@@ -374,7 +374,7 @@ def linear_cross_entropy_forward(
     bad = live & ((target < 0) | (target >= weight.shape[0]))
     if bad.any():
         raise ValueError(
-            f"fastlm: target: expected class indices from 0 to {weight.shape[0] - 1}, or ignore_index = "
+            f"target: expected class indices from 0 to {weight.shape[0] - 1}, or ignore_index = "
             f"{ignore_index}, got {int(target[bad][0])} at {int(bad.nonzero()[0])}"
         )
     logits = linear(hidden, weight, bias)

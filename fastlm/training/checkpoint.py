@@ -32,7 +32,7 @@ class Checkpoint(NamedTuple):
         """Reads a run's folder, or one of the checkpoints in it.
 
         Raises:
-            ValueError: the folder is none, or a file in it is damaged.
+            ValueError: the folder holds no trained model, or a damaged one.
         """
         quiet()
         if not (folder / "config.json").is_file():
@@ -128,7 +128,7 @@ def generate(
     try:
         prompt.encode()
     except UnicodeEncodeError:
-        raise ValueError("prompt: expected UTF-8 text, got bytes that are none") from None
+        raise ValueError("prompt: expected UTF-8 text, got other bytes") from None
     tokens = tokenizer(prompt or "\n")["input_ids"]
     if not tokens:
         raise ValueError(f"prompt: expected text that the vocabulary knows, got {prompt!r}")

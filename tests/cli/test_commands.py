@@ -77,7 +77,7 @@ def test_interactive_answers_every_line(text_file, tmp_path, capsys, monkeypatch
     assert re.fullmatch(r"the.{5}\n", captured.out, re.DOTALL)
     assert "error: prompt: expected text that the vocabulary knows" in captured.err
     assert main(["generate", str(tmp_path / "out"), "--prompt", "\udcff"]) == 2
-    assert capsys.readouterr().err == "error: prompt: expected UTF-8 text, got bytes that are none\n"
+    assert capsys.readouterr().err == "error: prompt: expected UTF-8 text, got other bytes\n"
 
 
 def test_resume_takes_the_options_of_the_run(text_file, tmp_path, capsys, monkeypatch):

@@ -108,7 +108,7 @@ def _check_error(call: Call) -> str:
 
 
 def _names_an_argument(text: str, case: Any) -> bool:
-    said = re.match(r"(?:fastlm: )?([\w, ]+): expected .*got", text, re.DOTALL)
+    said = re.match(r"([\w, ]+): expected .*got", text, re.DOTALL)
     return said is not None and {field.name for field in fields(case)}.issuperset(said[1].split(", "))
 
 

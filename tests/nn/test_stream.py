@@ -131,15 +131,16 @@ def test_batch_first_and_empty_chunk(kind: str) -> None:
 
 @kinds
 @torch.no_grad()
-def test_out_is_filled_and_nothing_is_allocated(kind: str) -> None:
+def test_out_is_filled_and_no_tensor_is_made(kind: str) -> None:
     stream, x = Stream(make(kind, 16, 32), 2), torch.randn(2, 16)
     twin, out = stream.clone(), torch.empty(2, 32)
     assert stream.step(x, out=out) is out
     assert torch.equal(twin.step(x), out)
-    with torch.profiler.profile(profile_memory=True) as profile:
-        for _ in range(5):
-            stream.step(x, out)
-    assert not profile.key_averages() or sum(e.self_cpu_memory_usage for e in profile.key_averages()) == 0
+    for given, tensors in ((out, 0), (None, 5)):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            for _ in range(5):
+                stream.step(x, given)
+        assert sum(event.count for event in profile.key_averages() if event.key == "aten::empty") == tensors
     fresh = [stream.step(x) for _ in range(2)]
     assert fresh[0].data_ptr() != fresh[1].data_ptr()
 

@@ -202,7 +202,7 @@ MASK = torch.ones(4, 3, dtype=torch.bool)
 WRONG_SEQUENCES = {
     "negative": ({"lengths": [1, -1, 2]}, ValueError, r"lengths: expected 0 to 4 \(T\), got -1 at index 1"),
     "too long": ({"lengths": [1, 5, 2]}, ValueError, r"lengths: expected 0 to 4 \(T\), got 5"),
-    "wrong count": ({"lengths": [1, 2]}, ValueError, r"lengths: expected shape \(B,\) = \(3\), got \(2,\)"),
+    "wrong count": ({"lengths": [1, 2]}, ValueError, r"lengths: expected shape \(B,\) = \(3,\), got \(2,\)"),
     "float": ({"lengths": ONES.float()}, ValueError, r"lengths: expected an integer dtype, got torch\.float32"),
     "list of float": ({"lengths": [1.0, 2, 3]}, TypeError, "lengths: expected whole numbers"),
     "bool": ({"lengths": ONES.bool()}, ValueError, "lengths: expected an integer dtype"),

@@ -22,5 +22,6 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/cost.h"
 #include "cpu/isa.h"
 #include "cpu/workspace.h"

@@ -80,13 +80,12 @@ class AttentionBackward {
   }
 
   void run(const AttentionItem& item) {
-    const bool all_batches = p_.grad_bias.data && p_.grad_bias.batch == 0;
-    const bool all_heads = p_.grad_bias.data && p_.grad_bias.head == 0;
     part_ = item.part;
-    for (b_ = item.b; b_ < (all_batches ? p_.batch : item.b + 1); ++b_) {
+    for (b_ = item.b; b_ < (plan_.all_batches ? p_.batch : item.b + 1); ++b_) {
       sequence_ = attention_sequence(p_, b_);
       begin_ = std::min(item.begin, sequence_.k_len), end_ = std::min(item.end, sequence_.k_len);
-      for (kv_head_ = item.kv_head; kv_head_ < (all_heads ? p_.kv_heads : item.kv_head + 1); ++kv_head_) kv_head();
+      for (kv_head_ = item.kv_head; kv_head_ < (plan_.all_heads ? p_.kv_heads : item.kv_head + 1); ++kv_head_)
+        kv_head();
     }
   }
 

@@ -29,10 +29,6 @@ FASTLM_INLINE void for_vectors(int64_t begin, int64_t end, const Body& body) {
   for (; i < end; i += V::kLanes) body(V{}, i);
 }
 
-// Weights are powers of 2, a cheaper exponential.
-template <class T>
-constexpr T kLog2e = T(1.44269504088896340736);
-
 // The queries of one head of one sequence.
 template <class S>
 class HeadScores {
@@ -50,9 +46,9 @@ class HeadScores {
 
   // Whether the products times a factor are the scores; else transform() makes them.
   bool plain() const { return plain_; }
-  // From products, or from what transform() made of them, to scores; to powers of 2.
+  // From products, or from what transform() made of them, to scores; to exponents of 2, a cheaper exponential.
   T scale() const { return plain_ ? p_.scale : T(1); }
-  T factor() const { return scale() * kLog2e<T>; }
+  T factor() const { return scale() * ExpConstants<T>::kLog2e; }
 
   Keys seen(int64_t query) const {
     const int64_t position = query + sequence_.offset, n = sequence_.k_len;

@@ -11,6 +11,7 @@
 #include "cpu/kernels/dot.inl"
 #include "cpu/kernels/tile.h"
 #include "cpu/team.h"
+#include "cpu/workspace.h"
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
@@ -109,12 +110,11 @@ struct GemmBuffers {
   T* a_tiles;   // kDeepRows x kDeep or kBlockRows x kBlockDepth per member
   T* edge;      // kTileRows x kCols per member
 
-  template <class W>
-  static GemmBuffers take(W& workspace, int64_t panels, int64_t k, int members) {
+  static GemmBuffers take(Workspace& workspace, int64_t panels, int64_t k, int members) {
     GemmBuffers buffers;
-    buffers.b_panels = workspace.template take<T>(panels * std::min(k, kDeep<T>) * kCols<T>);
-    buffers.a_tiles = workspace.template take<T>(members * kDeepRows * kDeep<T>);
-    buffers.edge = workspace.template take<T>(members * kTileRows * kCols<T>);
+    buffers.b_panels = workspace.take<T>(panels * std::min(k, kDeep<T>) * kCols<T>);
+    buffers.a_tiles = workspace.take<T>(members * kDeepRows * kDeep<T>);
+    buffers.edge = workspace.take<T>(members * kTileRows * kCols<T>);
     return buffers;
   }
 };

@@ -4,6 +4,7 @@
 
 #include <chrono>
 
+#include "cpu/cost.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/operands.inl"
 #include "cpu/workspace.h"
@@ -16,7 +17,7 @@ void gemm_entry(const GemmParams<T>& p, int threads, ParallelFor parallel_for) {
   GemmBuffers<T>::take(workspace, panels_for<T>(p.n), p.k, threads);
   workspace.allocate();
   const auto buffers = GemmBuffers<T>::take(workspace, panels_for<T>(p.n), p.k, threads);
-  const auto work_ns = static_cast<int64_t>(2. * p.m * p.n * p.k / 60);
+  const auto work_ns = static_cast<int64_t>(2. * p.m * p.n * p.k / kFlopsPerNs);
   run_team(parallel_for, threads, work_ns, [&](const Team& team) { gemm(p, buffers, team); });
 }
 

@@ -15,14 +15,9 @@ struct GruCell {
   // Slots that a gate's input and state parts go to; only n keeps them apart.
   static constexpr int input_slot(int gate) { return gate; }
   static constexpr int state_slot(int gate) { return gate == kNew ? kSlotNewState : gate; }
-  // The slots as runs of neighbours: `count` gates from `gate` on lie from `slot` on, as parts of input, state or both.
-  struct Run {
-    int slot, gate, count;
-    bool input, state;
-  };
-  static constexpr Run kRuns[] = {{kSlotReset, kReset, 2, true, true},
-                                  {kSlotNewInput, kNew, 1, true, false},
-                                  {kSlotNewState, kNew, 1, false, true}};
+  static constexpr SlotRun kRuns[] = {{kSlotReset, kReset, 2, true, true},
+                                      {kSlotNewInput, kNew, 1, true, false},
+                                      {kSlotNewState, kNew, 1, false, true}};
 
   // to[u] = what units [unit, unit + n) of a slot start from.
   template <class S, class T>

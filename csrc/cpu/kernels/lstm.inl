@@ -14,12 +14,7 @@ struct LstmCell {
 
   static constexpr int input_slot(int gate) { return gate; }
   static constexpr int state_slot(int gate) { return gate; }
-  // The slots as runs of neighbours: `count` gates from `gate` on lie from `slot` on, as parts of input, state or both.
-  struct Run {
-    int slot, gate, count;
-    bool input, state;
-  };
-  static constexpr Run kRuns[] = {{0, 0, kGates, true, true}};
+  static constexpr SlotRun kRuns[] = {{0, 0, kGates, true, true}};
 
   // to[u] = what units [unit, unit + n) of a slot start from.
   template <class S, class T>

@@ -22,6 +22,13 @@ struct RecurrentSizes {
   explicit RecurrentSizes(int64_t hidden) : blocks(panels_for<T>(hidden)), slots_width(kSlots * kCols<T>) {}
 };
 
+// A cell's slots as runs of neighbours: `count` gates from `gate` on lie from `slot` on, as parts of input, state or
+// both.
+struct SlotRun {
+  int slot, gate, count;
+  bool input, state;
+};
+
 // n values from one place to another, of S or its Compute<S> each; from null: zeros.
 template <class From, class To>
 void copy_values(const From* from, To* to, int64_t n) {
