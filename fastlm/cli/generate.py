@@ -15,7 +15,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.01, max=100, help="Lower is more cautious.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Sample among this many likeliest tokens; 0: all.")] = 0,
     top_p: Annotated[
-        float, typer.Option(min=0.0001, max=1, help="Sample among the fewest tokens with this total probability.")
+        float, typer.Option(min=0.0001, max=1, help="Sample among the fewest tokens so likely together.")
     ] = 1.0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token each time.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Makes the text repeatable.")] = None,

@@ -65,9 +65,7 @@ class TrainingOptions:
     data: Path = _option(None, "UTF-8 text file.")
     output: Path | None = _option(None, "Folder to make. Default: named after the data and the model.")
 
-    model: Model = _option(
-        "gru", "Kind of model; transformer is nanoGPT's recipe for a CPU, gpt2 the same with transformers' GPT-2."
-    )
+    model: Model = _option("gru", "transformer: nanoGPT's recipe for a CPU; gpt2: the same with transformers' GPT-2.")
     embedding_size: int = _option(128, "Width of a token's embedding in gru and lstm.", 1)
     hidden_size: int | None = _option(None, "Width of the layers.", 1)
     layers: int | None = _option(None, "Number of layers.", 1)

@@ -514,8 +514,8 @@ def test_nothing_is_copied_on_the_way(monkeypatch):
         seen.append((key, options, output))
         return output
 
-    attention = integration.attention
-    monkeypatch.setattr(integration, "attention", spy)
+    attention = integration.checked_attention
+    monkeypatch.setattr(integration, "checked_attention", spy)
     model = make_model("llama")
     cache = transformers.StaticCache(config=model.config, max_cache_len=12)
     model(**make_inputs("llama"), past_key_values=cache)
@@ -528,7 +528,7 @@ def test_nothing_is_copied_on_the_way(monkeypatch):
     logits(make_model("t5"), "t5", make_inputs("t5"))
     encoder = [options for _, options, _ in seen[:2]]
     assert [options["mask"].dtype for options in encoder] == [torch.bool] * 2
-    assert [tuple(options["_bias"].shape) for options in encoder] == [(1, 4, 9, 9)] * 2
+    assert [tuple(options["bias"].shape) for options in encoder] == [(1, 4, 9, 9)] * 2
 
 
 def test_sinks_of_every_query():
