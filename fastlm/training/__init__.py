@@ -1,7 +1,12 @@
 """Language models from a text file: data, training, evaluation, generation."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastlm.training.checkpoint import Checkpoint, Evaluation, evaluate, generate
+    from fastlm.training.options import TrainingOptions
+    from fastlm.training.run import Result, train
 
 # Loaded when asked for: transformers and datasets take seconds, and a command line's help needs the options alone.
 _HOMES = {
@@ -14,7 +19,7 @@ _HOMES = {
     "train": "run",
 }
 
-__all__ = list(_HOMES)
+__all__ = ["Checkpoint", "Evaluation", "Result", "TrainingOptions", "evaluate", "generate", "train"]
 
 
 def __getattr__(name: str) -> Any:
