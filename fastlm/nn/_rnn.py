@@ -56,6 +56,10 @@ class Recurrent(TorchTwin, torch.nn.RNNBase):
 
     def _run(self, input: Any, states: States | None, lengths: Any, reset_mask: Any, every: bool) -> Run:
         """Runs the whole module: states and finals (L * D, B, *), one tensor per kind of state."""
+        if len(self._all_weights) == 1 and lengths is None and reset_mask is None and not every:
+            run = self._run_plain(input, states)
+            if run is not None:
+                return run
         if isinstance(input, PackedSequence):
             for name, value in (("lengths", lengths), ("reset_mask", reset_mask)):
                 if value is not None:
@@ -74,6 +78,27 @@ class Recurrent(TorchTwin, torch.nn.RNNBase):
         if rank != 2:
             raise ValueError(f"{self.mode}: Expected input to be 2D or 3D, got {rank}D instead")
         return self._run_unbatched(input, states, lengths, reset_mask, every)
+
+    def _run_plain(self, x: Any, states: States | None) -> Run | None:
+        """One layer over time-major sequences, with no checks but the op's: a call of one step would feel them.
+
+        None for what is not that plain, or wrong: the longer way has torch's error for it.
+        """
+        if type(x) is not Tensor or x.dim() != 3 or self.batch_first or torch.compiler.is_compiling():
+            return None
+        if self.training and self.weight_dropout > 0:
+            return None
+        if states is None:
+            states = [None] * len(self._state_size_texts)
+        else:
+            for state in states:
+                if state.dim() != 3:
+                    return None
+        try:
+            weights = read_weights(self, self._all_weights[0])
+            return self._layer(x, states, weights, _common.ALL_STEPS, False, False)
+        except (RuntimeError, TypeError, ValueError):
+            return None
 
     def _run_unbatched(self, input: Tensor, states: States | None, lengths: Any, reset_mask: Any, every: bool) -> Run:
         if lengths is not None:
