@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fastlm import _backend, _native, _trace, ops
 from fastlm.nn._twin import read_weights
@@ -15,6 +18,8 @@ from fastlm.ops import _common
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 State = Any  # h, or (h, c)
+# Forward pre-hooks that set weights from others: torch.nn.utils' before there were parametrisations, and pruning.
+_COMPUTING_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 # As they are: a step would feel torch's own ways to them.
 _increment_version = torch._C._increment_version
 _tracing_state = torch._C._get_tracing_state
@@ -36,7 +41,8 @@ class Stream:
 
     Raises:
         TypeError: module is none of these.
-        ValueError: it is bidirectional, has a projection, is not on the CPU, or a number or dtype is impossible.
+        ValueError: it is bidirectional, has a projection, is not on the CPU, its weights do not have its sizes, or a
+            number or dtype is impossible.
 
     Numerics: as the module's; with bfloat16 the cell state stays in float32 from step to step.
 
@@ -52,7 +58,7 @@ class Stream:
             raise ValueError(f"batch: expected a whole number of at least 1, got {batch!r}")
         assert isinstance(module, torch.nn.RNNBase)
         self._module, self._batch = module, batch
-        self._dtype = _check_weights(module)
+        self._dtype, _ = self._weights_told = _check_weights(module)
         if weight_dtype not in (None, self._dtype) and (self._dtype, weight_dtype) != (torch.float32, torch.bfloat16):
             raise ValueError(
                 f"weight_dtype: expected None, {self._dtype}"
@@ -190,10 +196,12 @@ class Stream:
         """Packs the module's weights again, after they changed; states stay.
 
         Raises:
-            ValueError: their dtype or device is not what it was.
+            ValueError: their dtype, device or sizes are not what they were.
         """
-        if _check_weights(self._module) != self._dtype:
-            raise ValueError(f"refresh: expected weights of dtype {self._dtype}, got {_check_weights(self._module)}")
+        found = _check_weights(self._module)
+        if found != self._weights_told:
+            told, got = ("{}, sizes (I, H, L) = {}".format(*of) for of in (self._weights_told, found))
+            raise ValueError(f"refresh: expected weights of {told}, got {got}")
         state = self.state
         self._engine = self._make_engine()
         self.state = state
@@ -370,15 +378,35 @@ def _check_module(module: Any) -> bool:
     return module.mode == "LSTM"
 
 
-def _check_weights(module: torch.nn.RNNBase) -> torch.dtype:
-    """The dtype of all weights; raises where they differ or a Stream has no kernel for them."""
-    tensors = [w for names in module._all_weights for w in read_weights(module, names)]
+def _check_weights(module: torch.nn.RNNBase) -> tuple[torch.dtype, tuple[int, ...]]:
+    """The dtype of all weights and the sizes (I, H, L); raises where they differ or a Stream has no kernel for them."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, _COMPUTING_HOOKS):  # makes a weight of others; it may be older than these
+            hook(module, ())
+    layers = [read_weights(module, names) for names in module._all_weights]
+    tensors = [weight for layer in layers for weight in layer]
     dtypes = {w.dtype for w in tensors}
     if len(dtypes) != 1 or not dtypes <= _DTYPES.keys():
         raise ValueError(f"module: expected weights of one of {', '.join(map(str, _DTYPES))}, got {dtypes}")
     if any(not w.is_cpu for w in tensors):
         raise ValueError(f"module: expected its weights on the CPU, got device {tensors[0].device}")
-    return dtypes.pop()
+    sizes = (module.input_size, module.hidden_size, module.num_layers)
+    _check_shapes(layers, sizes, 4 if module.mode == "LSTM" else 3)
+    return dtypes.pop(), sizes
+
+
+def _check_shapes(layers: list[list[Any]], sizes: tuple[int, ...], gates: int) -> None:
+    """Raises unless weights have the shapes that the kernels, given addresses alone, will read."""
+    width, hidden, count = sizes
+    if len(layers) != count:
+        raise ValueError(f"module: expected weights of {count} layers (num_layers), got {len(layers)}")
+    for index, layer in enumerate(layers):
+        w_ih, w_hh, *biases = layer
+        _common.check_shape(f"module: weight_ih_l{index}", w_ih, (gates * hidden, width), f"({gates}H, *)")
+        _common.check_shape(f"module: weight_hh_l{index}", w_hh, (gates * hidden, hidden), f"({gates}H, H)")
+        for name, bias in zip(("ih", "hh"), biases, strict=False):
+            _common.check_shape(f"module: bias_{name}_l{index}", bias, (gates * hidden,), f"({gates}H,)")
+        width = hidden
 
 
 def _four(weights: list[Any]) -> list[Any]:

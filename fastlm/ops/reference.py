@@ -184,7 +184,8 @@ def _unroll(
     if active is not None:
         x = x.masked_fill(~active[..., None], 0)  # what stands there may be anything, NaN too
         reset_mask = None if reset_mask is None else reset_mask & active
-    run = _unroll_padded(project(x), states, step, active, reset_mask, reverse)
+    # unbind: the gradient of gates_x[t] would be of the size of gates_x, for every step.
+    run = _unroll_padded(project(x).unbind(0), states, step, active, reset_mask, reverse)
     return tuple(torch.stack(each) for each in run[0]), run[1]
 
 
@@ -192,7 +193,7 @@ _Run = tuple[list[list[Tensor]], States]  # per kind of state, the one after eve
 
 
 def _unroll_padded(
-    gates_x: Tensor,
+    gates_x: Sequence[Tensor],
     states: States,
     step: Callable[[Tensor, States], States],
     active: Tensor | None,
@@ -200,7 +201,7 @@ def _unroll_padded(
     reverse: bool,
 ) -> _Run:
     outputs: list[list[Tensor]] = [[] for _ in states]
-    for t in _order(gates_x.shape[0], reverse):
+    for t in _order(len(gates_x), reverse):
         starts = None if reset_mask is None else reset_mask[t][:, None]
         if starts is not None and not reverse:
             states = tuple(state.masked_fill(starts, 0) for state in states)
@@ -265,13 +266,13 @@ def attention(
         return output.to(dtype), lse
     outputs, lses = [], []
     starts = [_checked_starts("q", q_starts, q.shape[0]), _checked_starts("k", k_starts, k.shape[0])]
-    for b, (first, last) in enumerate(pairwise(starts[0])):
-        keys = slice(starts[1][b], starts[1][b + 1])
-        one, keys_of_one, values = (x.transpose(0, 1)[None] for x in (q[first:last], k[keys], v[keys]))
+    parts = [_sequences(x, at) for x, at in zip((q, k, v), (starts[0], starts[1], starts[1]), strict=True)]
+    for b, (one, keys_of_one, values) in enumerate(zip(*parts, strict=True)):
         slope = slopes if slopes is None or slopes.shape[0] == 1 else slopes[b : b + 1]
         factors = None
         if seed is not None:
-            factors = dropout_factors(seed, dropout, (q.shape[1], q.shape[0]), keys.stop - keys.start)[:, first:last]
+            factors = dropout_factors(seed, dropout, (q.shape[1], q.shape[0]), keys_of_one.shape[2])
+            factors = factors[:, starts[0][b] : starts[0][b + 1]]
         output, lse = _attend(one, keys_of_one, values, None, None, slope, None, factors, *numbers)
         outputs.append(output[0].transpose(0, 1))
         lses.append(lse[0])
@@ -279,6 +280,13 @@ def attention(
     outputs.append(q.new_zeros(past, q.shape[1], v.shape[2]))
     lses.append(q.new_zeros(q.shape[1], past))
     return torch.cat(outputs).to(dtype), torch.cat(lses, 1)
+
+
+def _sequences(x: Tensor, starts: list[int]) -> list[Tensor]:
+    """Packed rows (rows, H, D) as one (1, H, T, D) per sequence; by one split, whose gradient is one tensor."""
+    lengths = [last - first for first, last in pairwise(starts)]
+    *parts, _ = x.split([*lengths, x.shape[0] - starts[-1]])
+    return [part.transpose(0, 1)[None] for part in parts]
 
 
 def _check_key_lengths(k: Tensor, kv_lengths: Tensor | None) -> None:

@@ -363,3 +363,52 @@ def test_values_that_lie_negated():
     assert equal(Stream(module, 1).step(negated[0]), Stream(module, 1).step(x[0]))
     with pytest.raises(ValueError, match="out: expected a dense CPU tensor"):
         Stream(module, 1).step(x[0], out=torch._neg_view(torch.empty(1, 4)))
+
+
+HOOKS = {
+    "weight_norm": lambda module: torch.nn.utils.weight_norm(module, "weight_hh_l0"),
+    "spectral_norm": lambda module: torch.nn.utils.spectral_norm(module.eval(), "weight_hh_l0"),
+    "prune": lambda module: torch.nn.utils.prune.l1_unstructured(module, "weight_hh_l0", 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@kinds
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+@torch.no_grad()
+def test_weights_that_hooks_compute_are_of_now(kind: str, hook) -> None:
+    """Also where nothing has run since what they are made from changed."""
+    source, module = (hook(make(kind, 5, 8)) for _ in range(2))
+    module.load_state_dict(source.state_dict())
+    x = torch.randn(6, 2, 5)
+    stream = Stream(module, 2)
+    assert torch.allclose(stream.chunk(x), source(x)[0], atol=1e-6)
+    for changed in (source, module):
+        changed.weight_hh_l0_orig.mul_(-1) if "prune" in str(hook.__code__.co_names) else changed.bias_hh_l0.add_(1)
+    stream.refresh()
+    stream.reset()
+    assert torch.allclose(stream.chunk(x), source(x)[0], atol=1e-6)
+
+
+@kinds
+def test_weights_of_wrong_shapes_are_refused(kind: str) -> None:
+    """The kernels get addresses alone and would read past the end."""
+    changes = {
+        "weight_ih_l0": lambda m: setattr(m, "weight_ih_l0", torch.nn.Parameter(torch.zeros(3, 1))),
+        "weight_hh_l1": lambda m: setattr(m, "weight_hh_l1", torch.nn.Parameter(torch.zeros(3, 1))),
+        "bias_ih_l0": lambda m: setattr(m, "bias_ih_l0", torch.nn.Parameter(torch.zeros(1))),
+        "weight_ih_l0: expected shape": lambda m: setattr(m, "hidden_size", 4096),
+        "layers": lambda m: setattr(m, "num_layers", 3),
+    }
+    for text, change in changes.items():
+        module = make(kind, 4, 8, num_layers=2)
+        stream = Stream(module, 1)
+        change(module)
+        for call in (stream.refresh, lambda module=module: Stream(module, 1)):
+            with pytest.raises(ValueError, match=text):
+                call()
+    module = make(kind, 4, 8)
+    stream = Stream(module, 1)
+    module.__init__(4, 16)
+    with pytest.raises(ValueError, match=r"refresh: expected .* sizes \(I, H, L\) = \(4, 8, 1\), got .* \(4, 16, 1\)"):
+        stream.refresh()

@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlm
 from fastlm import ops
+from tests.numerics import make_recurrent, run_reference
 
 F64 = torch.float64
 
@@ -89,3 +90,17 @@ def test_hessian_is_torchs() -> None:
             hessian = torch.autograd.functional.hessian(lambda x: function(x, x, x).pow(2).sum(), x)  # noqa: B023
         hessians.append(hessian)
     torch.testing.assert_close(*hessians, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_no_step_has_a_gradient_of_all_steps(kind: str) -> None:
+    """Time and memory of what the reference differentiates grow with the steps, not with their square."""
+    case = make_recurrent(kind, 6, 2, 3, 4, requires_grad=True)
+    nodes, seen = [run_reference(case)["output"].grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+    assert {"UnbindBackward0", "StackBackward0"} <= {node.name() for node in seen}
+    assert not {"SelectBackward0", "SliceBackward0"} & {node.name() for node in seen}

@@ -208,6 +208,7 @@ class ForwardPass {
   void product(const E* a, int64_t a_stride, int64_t rows, const P* panels, const S* weights, int64_t depth,
                int64_t block, int gate, T* slots, Init init, const T* bias, int deal) {
     const P* panel = panels + (block * Cell::kGates + gate) * panel_depth<P>(depth) * kCols<T>;
+    const P* next = panel + panel_depth<P>(depth) * kCols<T>;
     // Nothing that has panels of another type is direct.
     if constexpr (std::is_same_v<P, S>)
       if (plan_.direct) {
@@ -219,9 +220,16 @@ class ForwardPass {
         P* late = buffers_.late + team_.rank * ForwardBuffers<S, P>::late_size(p_);
         pack_transposed(stored, depth, depth, units_of(block), late);
         panel = late;
+        next = stored_after(weights, depth, block, gate);
       }
-    rows_times_panel(a, a_stride, rows, panel, depth, slots, sizes_.slots_width, init, bias, deal,
-                     plan_.direct ? panel : panel + panel_depth<P>(depth) * kCols<T>);
+    rows_times_panel(a, a_stride, rows, panel, depth, slots, sizes_.slots_width, init, bias, deal, next);
+  }
+
+  // What is packed after the weights of a gate: another gate's, then the state's after the input's of a block.
+  const S* stored_after(const S* weights, int64_t depth, int64_t block, int gate) const {
+    if (gate + 1 < Cell::kGates) return weights + ((gate + 1) * p_.hidden + block * kCols<T>)*depth;
+    return weights == p_.w_ih ? p_.w_hh + block * kCols<T> * p_.hidden
+                              : p_.w_ih + (block + 1) * kCols<T> * p_.input_size;
   }
 
   // The chunk's rows of x that this member will read, or its share of them where all read all.
