@@ -72,7 +72,8 @@ class Recurrent(TorchTwin, torch.nn.RNNBase):
             if isinstance(reset_mask, Tensor):
                 _common.check_shape("reset_mask", reset_mask, tuple(input.shape[:2]), "(B, T)")
                 reset_mask = reset_mask.transpose(0, 1)
-            x = input.transpose(0, 1)
+            # The copy is what the kernels would make of it, and kept for backward: the input may change, as in torch.
+            x = input.transpose(0, 1).contiguous()
             output, finals, histories = self._run_time_major(x, states, lengths, reset_mask, every)
             return output.transpose(0, 1), finals, _each(histories, lambda state: state.transpose(1, 2))
         if rank != 2:
@@ -147,7 +148,8 @@ class Recurrent(TorchTwin, torch.nn.RNNBase):
         if len(layers) == 1 and not drops:
             initial = missing if states is None else states
             output, finals, histories = self._layer(x, initial, layers[0], sequences, False, every)
-            return output, finals, _each(histories, lambda state: state.unsqueeze(0))
+            # What a caller does to the histories is not to be seen in the output.
+            return output, finals, _each(histories, lambda h: (h.clone() if h is output else h).unsqueeze(0))
         directions = 2 if self.bidirectional else 1
         runs: list[Run] = []
         for index, weights in enumerate(layers):

@@ -73,7 +73,7 @@ class MultiheadAttention(TorchTwin, torch.nn.MultiheadAttention):
         else:
             q, k, v = (x.transpose(0, 1) if batch_first else x for x in (query, key, value))
             self._check(q, k, v, key_padding_mask, attn_mask)
-        q, k, v = (self._heads(x, batch_first) for x in self._project(query, key, value))
+        q, k, v = (self._heads(x, batch_first) for x in self._project(query, key, value, batched and self.batch_first))
         mask = self._mask(q, k, key_padding_mask, attn_mask, is_causal)
         k, v, mask = self._more_keys(k, v, mask)
         output, weights = attention_with_weights(
@@ -132,14 +132,21 @@ class MultiheadAttention(TorchTwin, torch.nn.MultiheadAttention):
                 f"Expected key_padded_mask.shape[0] to be {batch}, but got {key_padding_mask.shape[0]}"
             )
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values side by side where one product can make them: kernels read them where they lie."""
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, copies: bool) -> tuple[Tensor, ...]:
+        """Queries, keys and values side by side where one product can make them: kernels read them where they lie.
+
+        copies: of the inputs go to backward, as torch has them where the batch is first, so that `x += attn(x)` works.
+        """
         width, bias = self.embed_dim, self.in_proj_bias
-        if not self._qkv_same_embed_dim:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        together = self._qkv_same_embed_dim
+        separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        weights: tuple[Any, ...] = (self.in_proj_weight,) if together else separate
+        if copies and torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+            query, key, value = _once_each(torch.clone, query, key, value)
+        if not together:
             biases = (None,) * 3 if bias is None else bias.chunk(3)
             return tuple(map(F.linear, (query, key, value), weights, biases))
-        weight = self.in_proj_weight
+        (weight,) = weights
         if query is key and key is value:
             return F.linear(query, weight, bias).chunk(3, -1)
         if key is value:

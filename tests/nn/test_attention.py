@@ -561,3 +561,21 @@ def test_nested_tensors_are_torchs_and_told(monkeypatch) -> None:
         monkeypatch.setenv("FASTLM_STRICT", "1")
         with pytest.raises(RuntimeError, match="nested tensors"):
             module(x, x, x, need_weights=False)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("others", [{}, {"kdim": 8, "vdim": 8}, {"bias": False}], ids=str)
+def test_inputs_with_the_batch_first_may_change_before_backward(others: dict, need_weights: bool) -> None:
+    """As torch, which keeps a copy of what it transposes: `x += attention(x, x, x)[0]`."""
+    results = []
+    ours = fastlm.nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64, **others)
+    for module in (ours, ours.to_torch()):
+        leaf = torch.linspace(-1, 1, 80, dtype=torch.float64).view(2, 5, 8).requires_grad_()
+        x = leaf * 1
+        x += module(x, x, x, need_weights=need_weights)[0]
+        keys = leaf.sin()
+        x = x + module(x, keys, keys, need_weights=need_weights)[0]
+        keys.zero_()
+        results.append(torch.autograd.grad(x.cos().sum(), [leaf, *module.parameters()]))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)

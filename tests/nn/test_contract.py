@@ -303,6 +303,25 @@ def test_helpers_are_torchs(name: str) -> None:
         assert ours.get_expected_cell_size(input, sizes) == theirs.get_expected_cell_size(input, sizes)
 
 
+@layer
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_inputs_with_the_batch_first_may_change_before_backward(name: str, requires_grad: bool) -> None:
+    """As torch, which keeps a copy of what it transposes: `x += layer(x)[0]`, or a buffer that is filled anew."""
+    results = []
+    for module in make(name, 5, 5, batch_first=True):
+        module, leaf = module.double(), torch.linspace(-1, 1, 60, dtype=torch.float64).view(3, 4, 5)
+        leaf.requires_grad_(requires_grad)
+        x = leaf * 1
+        x += module(x)[0]
+        buffer = leaf.detach().clone()
+        output = module(buffer)[0]
+        buffer.zero_()
+        wanted = [*module.parameters(), *([leaf] if requires_grad else [])]
+        results.append(torch.autograd.grad((x.sin() + output).sum(), wanted))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 @every
 def test_default_dtype(name: str) -> None:
     torch.set_default_dtype(torch.float64)

@@ -221,3 +221,16 @@ def test_init(space) -> None:
         fastlm.nn.init.forget_bias_(space.LSTM(3, 4, bias=False))
     with pytest.raises(TypeError, match="orthogonal_: expected LSTM or LSTMCell or GRU or GRUCell, got Linear"):
         fastlm.nn.init.orthogonal_(torch.nn.Linear(3, 4))
+
+
+@kinds
+def test_every_state_is_a_tensor_of_its_own(name: str) -> None:
+    for options in ({}, {"num_layers": 2}, {"bidirectional": True}):
+        ours, _ = make(name, 5, 7, **options)
+        x = torch.randn(4, 2, 5)
+        with torch.no_grad():
+            output, _, histories = ours(x, return_all_states=True)
+            expected = output.clone()
+            for history in (histories,) if name == "GRU" else histories:
+                history.zero_()
+        assert torch.equal(output, expected)
