@@ -9,15 +9,15 @@ from torch import Tensor
 
 from fastlm.nn._twin import TorchTwin
 from fastlm.ops import _common
-from fastlm.ops.attention import attention_with_weights
+from fastlm.ops.attention import attention, attention_with_weights
 
 
 class MultiheadAttention(TorchTwin, torch.nn.MultiheadAttention):
     """Drop-in for torch.nn.MultiheadAttention (same arguments, parameters, results and errors) on the fused kernels.
 
-    Unlike there, a query that may attend to nothing gives 0, not NaN, and weights 0; what is returned does not depend
-    on the mode (torch's evaluation takes another path); need_weights=True costs the weights alone, while the output
-    still comes from the kernel. Nested tensors go to torch's own attention.
+    Unlike there, a query that may attend to nothing gives 0, not NaN, and weights 0, and what is returned does not
+    depend on the mode but for rounding. need_weights=True, the default as there, makes the weights in plain operations;
+    need_weights=False is faster. Nested tensors go to torch's own attention.
     """
 
     torch_class = torch.nn.MultiheadAttention
@@ -76,21 +76,18 @@ class MultiheadAttention(TorchTwin, torch.nn.MultiheadAttention):
         q, k, v = (self._heads(x, batch_first) for x in self._project(query, key, value, batched and self.batch_first))
         mask = self._mask(q, k, key_padding_mask, attn_mask, is_causal)
         k, v, mask = self._more_keys(k, v, mask)
-        output, weights = attention_with_weights(
-            q,
-            k,
-            v,
-            need_weights,
-            mask=mask,
-            causal="upper_left" if is_causal else None,
-            scale=1 / math.sqrt(self.head_dim),
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        options: dict[str, Any] = {"mask": mask, "scale": 1 / math.sqrt(self.head_dim)}
+        options["dropout_p"] = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            output, weights = attention_with_weights(q, k, v, average_attn_weights, causal=is_causal, **options)
+            weights = weights if batched else weights.squeeze(0)
+        else:
+            whole = attention(q, k, v, causal="upper_left" if is_causal else None, **options)
+            assert isinstance(whole, Tensor)
+            output = whole
         order = (0, 2, 1, 3) if batch_first else (2, 0, 1, 3)
         output = F.linear(output.permute(order).flatten(-2), self.out_proj.weight, self.out_proj.bias)
-        if weights is not None:
-            weights = weights.mean(1) if average_attn_weights else weights
-            weights = weights if batched else weights.squeeze(0)
         return (output if batched else output.squeeze(0)), weights
 
     def _check(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastlm import _trace
 from fastlm.ops import _common, reference
 
 _forward = torch.ops.fastlm.attention_forward.default
@@ -18,6 +19,7 @@ _CAUSAL = (None, "upper_left", "lower_right")
 _NAMES = ("q", "k", "v", "mask")
 _TORCHS_NAMES = ("query", "key", "value", "attn_mask")
 _UNLIMITED = -1
+_VALUES_IN_CACHE = 2**17  # scores that are worked on at a time where weights are asked for
 _FAR = 2**60  # a larger window is this one: sums with positions stay within 64 bits
 
 
@@ -358,33 +360,86 @@ def attention_varlen(
 
 
 def attention_with_weights(
-    q: Tensor, k: Tensor, v: Tensor, need_weights: bool, *, dropout_p: float = 0.0, **arguments: Any
-) -> tuple[Tensor, Tensor | None]:
-    """`attention` with mask, causal, scale and dropout_p, and where asked for its weights (B, Hq, Tq, Tk).
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    average: bool,
+    *,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """`attention`, and its weights (B, Hq, Tq, Tk), or their average over heads (B, Tq, Tk); heads of k are those of q.
 
-    Weights are those that met the values, dropped ones 0; they are made anew, apart from the kernel.
+    Weights are those that met the values, dropped ones 0. They are made in plain operations: without gradients together
+    with the output, some heads at a time that stay in cache; else apart from the kernel's, for they are seldom used.
     """
-    if not need_weights:
-        return attention(q, k, v, dropout_p=dropout_p, **arguments), None  # type: ignore[return-value]
+    seen = _seen(q, k, mask, causal)
+    blind = None if seen is None else ~seen.any(-1, keepdim=True)
+    eager = _common.has_values(q, k, v)
+    if blind is not None and eager and not blind.any():
+        blind = None
+    bias = mask if mask is not None and mask.dtype != torch.bool else None
+    if eager and not dropout_p and not _common.requires_grad(q, k, v, mask):
+        if _trace.calls is not None:
+            _trace.record("attention", "need_weights=True: weights are made in plain operations")
+        return _by_heads(q * scale, k, v, average, seen, blind, bias)
     seed = _common.draw_seed() if dropout_p > 0 else None
-    output = checked_attention(q, k, v, dropout_p=dropout_p, seed=seed, **arguments)
+    options = {"causal": "upper_left" if causal else None, "scale": scale, "dropout_p": dropout_p, "seed": seed}
+    output = checked_attention(q, k, v, mask=mask, **options)  # type: ignore[arg-type]
     assert isinstance(output, Tensor)
-    mask, scale = arguments["mask"], arguments["scale"]
-    q_len, k_len = q.shape[2], k.shape[2]
-    scores = (q @ k.mT * scale).to(_common.compute_dtype(output.dtype))
-    if mask is not None and mask.dtype != torch.bool:
-        scores = scores + mask
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    if arguments["causal"] is not None:
-        seen = torch.ones(q_len, k_len, dtype=torch.bool, device=q.device).tril()
-        scores = scores.masked_fill(~seen, -torch.inf)
-    blind = (scores == -torch.inf).all(-1, keepdim=True)  # a softmax of nothing would be NaN, its gradient too
-    weights = torch.softmax(scores.masked_fill(blind, 0), -1).masked_fill(blind, 0)
+    weights = _weights(q * scale, k, seen, blind, bias, output.dtype)
     if seed is not None:
-        factors = reference.dropout_factors(seed, dropout_p, q.shape[:3], k_len)
+        factors = reference.dropout_factors(seed, dropout_p, q.shape[:3], k.shape[2])
         weights = weights * factors.to(q.device, weights.dtype)
-    return output, weights.to(output.dtype)
+    return output, (weights.mean(1) if average else weights).to(output.dtype)
+
+
+def _seen(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
+    """Which keys a query sees, 4 dimensions that broadcast against (B, H, Tq, Tk), or None for all."""
+    seen = None
+    if mask is not None:
+        seen = mask if mask.dtype == torch.bool else mask != -torch.inf
+        seen = seen.view((1,) * (4 - seen.dim()) + seen.shape)
+    if causal:
+        triangle = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        seen = triangle[None, None] if seen is None else seen & triangle
+    return seen
+
+
+def _weights(
+    q: Tensor, k: Tensor, seen: Tensor | None, blind: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Of q that is scaled, in the type of the arithmetic on dtype; blind: rows that see nothing, or None."""
+    scores = (q @ k.mT).to(_common.compute_dtype(dtype))
+    if bias is not None:
+        scores = scores + bias
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    if blind is None:
+        return torch.softmax(scores, -1)
+    # A softmax of nothing would be NaN, its gradient too.
+    return torch.softmax(scores.masked_fill(blind, 0), -1).masked_fill(blind, 0)
+
+
+def _by_heads(
+    q: Tensor, k: Tensor, v: Tensor, average: bool, seen: Tensor | None, blind: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    batch, heads, q_len, _ = q.shape
+    output, shape = _empty_heads(q, v.shape[-1]), (batch, heads, q_len, k.shape[2])
+    weights = q.new_zeros(shape[0], *shape[2:], dtype=_common.compute_dtype(q.dtype)) if average else q.new_empty(shape)
+    group = max(1, min(heads, _VALUES_IN_CACHE // max(1, batch * q_len * k.shape[2])))
+    for first in range(0, heads, group):
+        of = slice(first, first + group)
+        masks = [x if x is None or x.dim() < 4 or x.shape[1] == 1 else x[:, of] for x in (seen, blind, bias)]
+        some = _weights(q[:, of], k[:, of], masks[0], masks[1], masks[2], q.dtype)
+        output[:, of] = some.to(v.dtype) @ v[:, of]
+        if average:
+            weights += some[:, 0] if some.shape[1] == 1 else some.sum(1)
+        else:
+            weights[:, of] = some
+    return output, (weights / max(1, heads)).to(q.dtype) if average else weights
 
 
 def _check_tensors(tensors: tuple[Any, Any, Any], names: Sequence[str], rank: int, layout: str) -> None:

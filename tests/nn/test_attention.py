@@ -370,13 +370,18 @@ def test_compile() -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """One entry per call of fastlm's attention: whether weights were wanted."""
     seen = []
-    function = ATTENTION["attention_with_weights"]
 
-    def counted(q: Tensor, k: Tensor, v: Tensor, need_weights: bool, **options: object) -> object:
-        seen.append(need_weights)
-        return function(q, k, v, need_weights, **options)
+    def count(name: str, need_weights: bool) -> None:
+        function = ATTENTION[name]
 
-    monkeypatch.setitem(ATTENTION, "attention_with_weights", counted)
+        def counted(*args: object, **options: object) -> object:
+            seen.append(need_weights)
+            return function(*args, **options)
+
+        monkeypatch.setitem(ATTENTION, name, counted)
+
+    count("attention", False)
+    count("attention_with_weights", True)
     return seen
 
 
@@ -544,8 +549,12 @@ def test_a_part_restored_or_added_later(calls: list[bool]) -> None:
 def test_explain_a_model() -> None:
     told = fastlm.explain(fastlm.replace(torch.nn.TransformerEncoder(encoder_layer(), 2)))
     assert told["replaced"] == {f"layers.{i}.self_attn": f"fastlm.nn.{NAME}" for i in range(2)}
-    told = fastlm.explain(fastlm.nn.MultiheadAttention(EMBED, HEADS), *example({}))
-    assert told["backend"] == ("cpu" if _native.module else "reference")
+    attention = fastlm.nn.MultiheadAttention(EMBED, HEADS)
+    told = fastlm.explain(attention, *example({}))
+    assert told["backend"] == "reference"
+    if _native.module:
+        assert told["reasons"] == ["need_weights=True: weights are made in plain operations"]
+        assert fastlm.explain(lambda: attention(*example({}), need_weights=False))["backend"] == "cpu"
 
 
 def test_nested_tensors_are_torchs_and_told(monkeypatch) -> None:
