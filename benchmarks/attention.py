@@ -235,16 +235,16 @@ class Attention:
 
 
 class SelfAttention(nn.Module):
-    """nn.MultiheadAttention over its input."""
+    """nn.MultiheadAttention over its input; weights: they are asked for, as by default, and not used."""
 
-    def __init__(self, module: nn.MultiheadAttention, causal: bool) -> None:
+    def __init__(self, module: nn.MultiheadAttention, causal: bool, weights: bool) -> None:
         super().__init__()
-        self.attention, self.causal = module, causal
+        self.attention, self.causal, self.weights = module, causal, weights
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, E) -> (B, T, E)."""
         mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1) if self.causal else None
-        return self.attention(x, x, x, need_weights=False, attn_mask=mask, is_causal=self.causal)[0]
+        return self.attention(x, x, x, need_weights=self.weights, attn_mask=mask, is_causal=self.causal)[0]
 
 
 class Composed(nn.Module):
@@ -275,6 +275,7 @@ class AttentionModule:
     width: int
     heads: int
     causal: bool
+    weights: bool = False
     dtype: torch.dtype = torch.float32
 
     op = "mha"
@@ -301,14 +302,14 @@ class AttentionModule:
         return nn.MultiheadAttention(self.width, self.heads, batch_first=True)
 
     def module(self) -> nn.Module:
-        return SelfAttention(self._attention(), self.causal)
+        return SelfAttention(self._attention(), self.causal, self.weights)
 
     def fast_module(self) -> nn.Module:
         return fastlm.replace(self.module())
 
-    def composed_module(self) -> nn.Module:
+    def composed_module(self) -> nn.Module | None:
         """By hand, without the class."""
-        return Composed(self._attention(), self.causal)
+        return None if self.weights else Composed(self._attention(), self.causal)
 
 
 def _both_dtypes(name: str, *sizes: int, **options: object) -> tuple[Attention, Attention]:
@@ -345,4 +346,6 @@ WORKLOADS: tuple[Attention | AttentionModule, ...] = (
     AttentionModule("b1_t512_768_causal", 1, 512, 768, 12, True),
     AttentionModule("b4_t512_512_causal", 4, 512, 512, 8, True),
     AttentionModule("b8_t64_128_causal", 8, 64, 128, 4, True),
+    AttentionModule("b4_t512_512_weights", 4, 512, 512, 8, False, weights=True),
+    AttentionModule("b8_t64_128_weights", 8, 64, 128, 4, False, weights=True),
 )

@@ -427,19 +427,19 @@ def _by_heads(
     q: Tensor, k: Tensor, v: Tensor, average: bool, seen: Tensor | None, blind: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     batch, heads, q_len, _ = q.shape
-    output, shape = _empty_heads(q, v.shape[-1]), (batch, heads, q_len, k.shape[2])
-    weights = q.new_zeros(shape[0], *shape[2:], dtype=_common.compute_dtype(q.dtype)) if average else q.new_empty(shape)
+    output, parts = _empty_heads(q, v.shape[-1]), []
     group = max(1, min(heads, _VALUES_IN_CACHE // max(1, batch * q_len * k.shape[2])))
     for first in range(0, heads, group):
         of = slice(first, first + group)
         masks = [x if x is None or x.dim() < 4 or x.shape[1] == 1 else x[:, of] for x in (seen, blind, bias)]
         some = _weights(q[:, of], k[:, of], masks[0], masks[1], masks[2], q.dtype)
         output[:, of] = some.to(v.dtype) @ v[:, of]
-        if average:
-            weights += some[:, 0] if some.shape[1] == 1 else some.sum(1)
-        else:
-            weights[:, of] = some
-    return output, (weights / max(1, heads)).to(q.dtype) if average else weights
+        if not average:
+            parts.append(some.to(q.dtype))
+            continue
+        total = some[:, 0] if some.shape[1] == 1 else some.sum(1)
+        parts = [parts[0].add_(total) if parts else total]
+    return output, parts[0].div_(heads).to(q.dtype) if average else torch.cat(parts, 1)
 
 
 def _check_tensors(tensors: tuple[Any, Any, Any], names: Sequence[str], rank: int, layout: str) -> None:
