@@ -381,6 +381,8 @@ def attention_with_weights(
     if blind is not None and eager and not blind.any():
         blind = None
     bias = mask if mask is not None and mask.dtype != torch.bool else None
+    if bias is not None and not causal:
+        seen = None  # it hides by itself
     if eager and not dropout_p and not _common.requires_grad(q, k, v, mask):
         if _trace.calls is not None:
             _trace.record("attention", "need_weights=True: weights are made in plain operations")
