@@ -129,6 +129,7 @@ def test_batch_first_and_empty_chunk(kind: str) -> None:
     assert stream.step(x[:, 0]).shape == (3, 5)
 
 
+@kernels_only
 @kinds
 @torch.no_grad()
 def test_out_is_filled_and_no_tensor_is_made(kind: str) -> None:
