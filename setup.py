@@ -73,11 +73,11 @@ class Refusal:
 
 
 class RefusedBuild(Refusal, build):
-    """Raised by pip install."""
+    """Of pip install."""
 
 
 class RefusedExtension(Refusal, build_ext):
-    """Raised by setup.py build_ext, as make runs it."""
+    """Of setup.py build_ext, which make runs."""
 
 
 def arguments() -> dict[str, object]:

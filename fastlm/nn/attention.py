@@ -1,7 +1,7 @@
 """MultiheadAttention with the interface of torch.nn."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastlm.nn._twin import TorchTwin
 from fastlm.ops import _common
-from fastlm.ops.attention import attention, attention_with_weights
+from fastlm.ops.attention import attention
+from fastlm.ops.attention_weights import attention_with_weights
 
 
 class MultiheadAttention(TorchTwin, torch.nn.MultiheadAttention):
@@ -83,9 +84,7 @@ class MultiheadAttention(TorchTwin, torch.nn.MultiheadAttention):
             output, weights = attention_with_weights(q, k, v, average_attn_weights, causal=is_causal, **options)
             weights = weights if batched else weights.squeeze(0)
         else:
-            whole = attention(q, k, v, causal="upper_left" if is_causal else None, **options)
-            assert isinstance(whole, Tensor)
-            output = whole
+            output = cast(Tensor, attention(q, k, v, causal="upper_left" if is_causal else None, **options))
         order = (0, 2, 1, 3) if batch_first else (2, 0, 1, 3)
         output = F.linear(output.permute(order).flatten(-2), self.out_proj.weight, self.out_proj.bias)
         return (output if batched else output.squeeze(0)), weights
@@ -136,8 +135,9 @@ class MultiheadAttention(TorchTwin, torch.nn.MultiheadAttention):
         """
         width, bias = self.embed_dim, self.in_proj_bias
         together = self._qkv_same_embed_dim
-        separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        weights: tuple[Any, ...] = (self.in_proj_weight,) if together else separate
+        weights: tuple[Any, ...] = (self.in_proj_weight,)
+        if not together:
+            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
         if copies and torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
             query, key, value = _once_each(torch.clone, query, key, value)
         if not together:

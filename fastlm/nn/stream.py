@@ -58,7 +58,9 @@ class Stream:
             raise ValueError(f"batch: expected a whole number of at least 1, got {batch!r}")
         assert isinstance(module, torch.nn.RNNBase)
         self._module, self._batch = module, batch
-        self._dtype, _ = self._weights_told = _check_weights(module)
+        _compute_weights(module)
+        self._packed = _check_weights(module)
+        self._dtype = self._packed[0]
         if weight_dtype not in (None, self._dtype) and (self._dtype, weight_dtype) != (torch.float32, torch.bfloat16):
             raise ValueError(
                 f"weight_dtype: expected None, {self._dtype}"
@@ -198,9 +200,10 @@ class Stream:
         Raises:
             ValueError: their dtype, device or sizes are not what they were.
         """
+        _compute_weights(self._module)
         found = _check_weights(self._module)
-        if found != self._weights_told:
-            told, got = ("{}, sizes (I, H, L) = {}".format(*of) for of in (self._weights_told, found))
+        if found != self._packed:
+            told, got = ("{}, sizes (I, H, L) = {}".format(*of) for of in (self._packed, found))
             raise ValueError(f"refresh: expected weights of {told}, got {got}")
         state = self.state
         self._engine = self._make_engine()
@@ -378,11 +381,15 @@ def _check_module(module: Any) -> bool:
     return module.mode == "LSTM"
 
 
+def _compute_weights(module: torch.nn.RNNBase) -> None:
+    """Runs the hooks that make weights of others, which may have changed since the module's last call."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, _COMPUTING_HOOKS):
+            hook(module, ())
+
+
 def _check_weights(module: torch.nn.RNNBase) -> tuple[torch.dtype, tuple[int, ...]]:
     """The dtype of all weights and the sizes (I, H, L); raises where they differ or a Stream has no kernel for them."""
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, _COMPUTING_HOOKS):  # makes a weight of others; it may be older than these
-            hook(module, ())
     layers = [read_weights(module, names) for names in module._all_weights]
     tensors = [weight for layer in layers for weight in layer]
     dtypes = {w.dtype for w in tensors}

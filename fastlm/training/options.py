@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -51,7 +50,7 @@ def _check_name(option: str, path: Path | None) -> None:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{option}: expected a name in UTF-8, got {os.fsencode(str(path))!r}") from None
+        raise ValueError(f"{option}: expected a name in UTF-8, got {str(path)!a}") from None
 
 
 def _option(default: Any, text: str, low: float | None = None, high: float | None = None) -> Any:

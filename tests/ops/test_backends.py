@@ -173,14 +173,13 @@ def test_forced_names() -> None:
     assert ops_called(run_fastlm, make_recurrent("gru", 1, 1, 1, 1)) == ["gru_forward"]
 
 
+@kernels_only
 def test_a_forced_kernel_is_no_reference() -> None:
     """What it has no kernel for is an error, also where nothing is strict."""
-    case = make_recurrent("gru", 3, 2, 4, 5, dtype=torch.float16)
-    with fastlm.backend("cpu") if _native.module else fastlm.backend("reference"):
+    with fastlm.backend("cpu"):
         run_fastlm(make_recurrent("gru", 3, 2, 4, 5))
-        if _native.module:
-            with pytest.raises(RuntimeError, match=r"back end 'cpu' is forced.*gru has no kernel for torch.float16"):
-                run_fastlm(case)
+        with pytest.raises(RuntimeError, match=r"back end 'cpu' is forced.*gru has no kernel for torch.float16"):
+            run_fastlm(make_recurrent("gru", 3, 2, 4, 5, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTM"])
