@@ -19,10 +19,12 @@ def evaluate(
     import torch
 
     from fastlm import training
+    from fastlm.cli.progress import show_stages
 
     if threads is not None:
         torch.set_num_threads(threads)
-    found = training.evaluate(training.Checkpoint.load(checkpoint), data, whole)
+    with show_stages() as show:
+        found = training.evaluate(training.Checkpoint.load(checkpoint), data, whole, show=show)
     print(f"{'text':<20} {data}, {'all of it' if whole else 'validation part'}")
     print(f"{'predicted':<20} {found.tokens:,} tokens, {found.characters:,} characters")
     print(f"{'unknown tokens':<20} {found.unknown:.2%}")

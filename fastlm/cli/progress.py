@@ -1,4 +1,4 @@
-"""What is shown while training, on stderr: a bar on a terminal, else a line with every validation."""
+"""What is shown on stderr meanwhile: bars on a terminal; else, of a training, a line with every validation."""
 
 import contextlib
 import time
@@ -6,32 +6,78 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from fastlm.training.data import Show
 
 
 @contextlib.contextmanager
-def show_progress() -> Iterator[TrainerCallback]:
+def show_progress() -> Iterator["ProgressCallback"]:
     """Yields the callback that shows a run's progress."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        yield ProgressCallback(console)
-        return
+    console = _console()
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn()
-    with Progress(*columns, console=console) as bar:
-        yield ProgressCallback(console, bar)
+    bar = Progress(*columns, console=console, disable=not console.is_terminal)
+    with contextlib.closing(_Stages(console)) as stages:
+        try:
+            yield ProgressCallback(console, bar, stages)
+        finally:
+            bar.stop()
+
+
+@contextlib.contextmanager
+def show_stages() -> Iterator[Show]:
+    """Yields what shows how far a stage of some work is; off a terminal it shows nothing."""
+    with contextlib.closing(_Stages(_console())) as stages:
+        yield stages.show
+
+
+def _console() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class _Stages:
+    """A bar for one stage after another, which leaves nothing behind."""
+
+    def __init__(self, console: Console) -> None:
+        columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task: TaskID | None = None
+
+    def show(self, stage: str, done: float) -> None:
+        """Moves the bar, or begins a new one."""
+        if self._task is None:
+            self._bar.start()
+            self._task = self._bar.add_task(stage, total=1)
+        elif self._bar.tasks[0].description != stage:
+            self._bar.reset(self._task, description=stage)
+        self._bar.update(self._task, completed=done)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self._bar.stop()
 
 
 class ProgressCallback(TrainerCallback):
     """Shows steps, losses, tokens/s of the steps themselves, and the time left."""
 
-    def __init__(self, console: Console, bar: Progress | None = None) -> None:
-        self._console, self._bar = console, bar
+    def __init__(self, console: Console, bar: Progress, stages: _Stages) -> None:
+        self._console, self._bar, self._stages = console, bar, stages
+        self.show = stages.show
         self._loss = ""
         self._seconds = self._begun = 0.0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Says what is trained on what; learns how long the run is."""
+        self._stages.close()
         model, batches = kwargs["model"], kwargs["train_dataloader"]
         self._console.print(
             f"{model.num_parameters():,} parameters, vocabulary of {model.config.vocab_size:,}, "
@@ -40,8 +86,8 @@ class ProgressCallback(TrainerCallback):
         sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self._tokens_per_step = sequences * batches.dataset.seq_len
         self._first_step = state.global_step
-        if self._bar is not None:
-            self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, text="")
+        self._bar.start()
+        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, text="")
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Starts the clock."""
@@ -66,9 +112,8 @@ class ProgressCallback(TrainerCallback):
             )
 
     def _move(self, state: TrainerState) -> None:
-        if self._bar is not None:
-            text = f"{self._loss}{self._rate(state):,.0f} tokens/s"
-            self._bar.update(self._task, completed=state.global_step, text=text)
+        text = f"{self._loss}{self._rate(state):,.0f} tokens/s"
+        self._bar.update(self._task, completed=state.global_step, text=text)
 
     def _rate(self, state: TrainerState) -> float:
         return (state.global_step - self._first_step) * self._tokens_per_step / max(self._seconds, 1e-9)

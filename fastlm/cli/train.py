@@ -32,7 +32,7 @@ def train_lm(ctx: typer.Context, resume: bool, overwrite: bool, debug: bool, **v
     from fastlm.cli.progress import show_progress
 
     with show_progress() as callback:
-        result = training.train(options, resume=resume, overwrite=overwrite, callbacks=[callback])
+        result = training.train(options, resume=resume, overwrite=overwrite, callbacks=[callback], show=callback.show)
     if result.interrupted:
         folder = shlex.quote(str(options.resolved().output))
         print(f"stopped at step {result.step}; go on: fastlm train lm --resume --output {folder}", file=sys.stderr)

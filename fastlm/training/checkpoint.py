@@ -13,7 +13,7 @@ from transformers.generation import BaseStreamer
 from fastlm.integrations.transformers import NAME as ATTENTION
 from fastlm.integrations.transformers import register
 from fastlm.models._causal import CausalLM
-from fastlm.training.data import Split, StreamDataset, split_file, tokenize
+from fastlm.training.data import Progress, Show, Split, StreamDataset, split_file, tokenize
 from fastlm.training.metrics import bits_per_character, perplexity
 from fastlm.training.options import FILE_NAME, TrainingOptions
 from fastlm.training.run import quiet
@@ -71,21 +71,24 @@ class Evaluation(NamedTuple):
         return bits_per_character(self.loss, self.characters / self.tokens)
 
 
-def evaluate(checkpoint: Checkpoint, data: Path, whole: bool = False) -> Evaluation:
+def evaluate(checkpoint: Checkpoint, data: Path, whole: bool = False, *, show: Show | None = None) -> Evaluation:
     """Evaluates a model on the validation part of a text, as split in training, or on all of it.
 
-    A recurrent model carries its state along; a transformer reads blocks of its context's length.
+    A recurrent model carries its state along; a transformer reads blocks of its context's length. show() hears on the
+    way what is being done and how much of it is.
     """
     model, tokenizer, options = checkpoint
-    train, valid = split_file(data, tokenizer.backend_tokenizer.normalizer, options.validation)
+    progress = Progress(show)
+    train, valid = split_file(data, tokenizer.backend_tokenizer.normalizer, options.validation, progress)
     part = Split(data, train.normalizer, 0, valid.last) if whole else valid
-    tokens = tokenize(part, tokenizer.backend_tokenizer)
+    tokens = tokenize(part, tokenizer.backend_tokenizer, progress)
     seq_len: int = options.resolved().seq_len  # type: ignore[assignment]
     if len(tokens) < seq_len + 1:
         raise ValueError(f"{data}: expected at least {seq_len + 1} tokens to evaluate on, got {len(tokens)}")
     # As many streams as in training: how far back a token's context begins depends on it.
     stream = StreamDataset(tokens, seq_len, options.resolved().batch_size)  # type: ignore[arg-type]
-    loss, count = mean_loss(model, DataLoader(stream, stream.rows, collate_fn=lambda batch: batch))
+    batches = DataLoader(stream, stream.rows, collate_fn=lambda batch: batch)
+    loss, count = mean_loss(model, progress.over("evaluating", batches, len(batches)))
     unknown = tokens.count(tokenizer.unk_token_id) / len(tokens)
     return Evaluation(loss, count, round(part.characters * count / len(tokens)), unknown)
 

@@ -2,14 +2,15 @@
 
 import codecs
 import io
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, List, Value
 from tokenizers import Tokenizer
 from tokenizers.normalizers import Normalizer
 from torch import Tensor
@@ -18,8 +19,36 @@ from torch.utils.data import Dataset as TorchDataset
 IGNORED = -100  # target of a position that does not count
 READ_BYTES = 1 << 20
 PIECE_CHARACTERS = 1 << 16  # a row of text; long, so that few words are cut at its ends where lines are endless
+ROWS_AT_ONCE = 16  # that the threads of the tokenizer share
 
 Batch = dict[str, Any]
+Show = Callable[[str, float], None]  # gets a stage's name and how much of it is done, 0 to 1
+_T = TypeVar("_T")
+
+
+class Progress:
+    """Tells `show` how much of a stage is done. Where `datasets` makes a key of them, all are the same."""
+
+    def __init__(self, show: Show | None = None) -> None:
+        self.show = show or (lambda stage, done: None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Progress, ()
+
+    def over(
+        self, stage: str, items: Iterable[_T], total: int, size: Callable[[_T], int] = lambda item: 1
+    ) -> Iterator[_T]:
+        """The items of a stage, whose sizes come to `total`."""
+        self.show(stage, 0)
+        done = 0
+        for item in items:
+            yield item
+            done += size(item)
+            self.show(stage, done / total)
+
+    def texts(self, stage: str, split: "Split") -> Iterator[str]:
+        """A split's texts."""
+        return self.over(stage, split.texts(), split.characters, len)
 
 
 class Split(NamedTuple):
@@ -48,7 +77,9 @@ class Split(NamedTuple):
         return self.last - self.first
 
 
-def split_file(path: Path, normalizer: Normalizer, validation: float) -> tuple[Split, Split]:
+def split_file(
+    path: Path, normalizer: Normalizer, validation: float, progress: Progress | None = None
+) -> tuple[Split, Split]:
     """Reads a file once and splits it: training text, then the validation fraction at its end.
 
     Raises:
@@ -57,7 +88,9 @@ def split_file(path: Path, normalizer: Normalizer, validation: float) -> tuple[S
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise ValueError(f"{path}: expected a regular file, for it is read more than once")
-    total = sum(len(normalizer.normalize_str(piece)) for piece in _pieces(path))
+    # The share of a text that is not all ASCII counts as less than it is.
+    pieces = (progress or Progress()).over("reading", _pieces(path), path.stat().st_size, len)
+    total = sum(len(normalizer.normalize_str(piece)) for piece in pieces)
     if total == 0:
         raise ValueError(f"{path}: expected text, got an empty file")
     cut = int(total * (1 - validation))
@@ -99,7 +132,7 @@ class Tokens:
     """The tokens of a split: len() of them, and tokens[i:j] as an array, read from a memory-mapped file."""
 
     def __init__(self, dataset: Dataset) -> None:
-        parts = dataset.data.column("token").chunks
+        parts = [part.flatten() for part in dataset.data.column("tokens").chunks]
         self._parts = [part.to_numpy() for part in parts if len(part)]
         self._ends = np.cumsum([len(part) for part in self._parts], dtype=np.int64)
 
@@ -122,32 +155,27 @@ class Tokens:
         return 0 if token is None else sum(int((part == token).sum()) for part in self._parts)
 
 
-def tokenize(split: Split, tokenizer: Tokenizer) -> Tokens:
+def tokenize(split: Split, tokenizer: Tokenizer, progress: Progress | None = None) -> Tokens:
     """Turns a split into tokens, in the cache of `datasets` (HF_DATASETS_CACHE), where a second call finds them."""
     status = split.path.stat()
-    source = {"split": split, "size": status.st_size, "modified": status.st_mtime_ns}  # part of the cache's key
-    rows = Dataset.from_generator(_rows, features=Features({"text": Value("large_string")}), gen_kwargs=source)
+    source = {"split": split, "tokenizer": tokenizer, "progress": progress or Progress()}
     return Tokens(
-        rows.map(
-            _encode,
-            batched=True,
-            batch_size=16,
-            fn_kwargs={"tokenizer": tokenizer},
-            remove_columns=["text"],
-            features=Features({"token": Value("int32")}),
-            writer_batch_size=1 << 24,
+        Dataset.from_generator(
+            _encoded,
+            features=Features({"tokens": List(Value("int32"))}),
+            gen_kwargs={**source, "size": status.st_size, "modified": status.st_mtime_ns},  # the cache's key
+            writer_batch_size=ROWS_AT_ONCE,
         )
     )
 
 
-def _rows(split: Split, size: int, modified: int) -> Iterator[dict[str, str]]:
-    for text in split.texts():
-        yield {"text": text}
-
-
-def _encode(rows: dict[str, list[str]], tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    encoded = tokenizer.encode_batch_fast(rows["text"], add_special_tokens=False)
-    return {"token": np.concatenate([np.array(row.ids, np.int32) for row in encoded])}
+def _encoded(
+    split: Split, tokenizer: Tokenizer, progress: Progress, size: int, modified: int
+) -> Iterator[dict[str, np.ndarray]]:
+    texts = progress.texts("tokenizing", split)
+    while rows := list(itertools.islice(texts, ROWS_AT_ONCE)):
+        for row in tokenizer.encode_batch_fast(rows, add_special_tokens=False):
+            yield {"tokens": np.array(row.ids, np.int32)}
 
 
 class StreamDataset(TorchDataset):

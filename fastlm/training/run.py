@@ -31,7 +31,7 @@ from transformers.trainer_callback import PrinterCallback
 from fastlm.integrations.transformers import NAME as ATTENTION
 from fastlm.integrations.transformers import register
 from fastlm.models import RNNConfig, RNNForCausalLM, TransformerConfig, TransformerForCausalLM
-from fastlm.training.data import BlockDataset, StreamDataset, Tokens, split_file, tokenize
+from fastlm.training.data import BlockDataset, Progress, Show, StreamDataset, Tokens, split_file, tokenize
 from fastlm.training.options import FILE_NAME, TrainingOptions
 from fastlm.training.plot import plot_losses
 from fastlm.training.tokenizer import learn_tokenizer, make_normalizer
@@ -70,6 +70,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
+    show: Show | None = None,
 ) -> Result:
     """Trains a language model on a text file; nothing is written before the file and all options are found good.
 
@@ -79,6 +80,8 @@ def train(
             the beginning. `options` are then its own: see `TrainingOptions.load`. Default: False.
         overwrite (bool): replace a run in options.output. Default: False.
         callbacks (sequence of TrainerCallback): further ones, to show progress. Default: none.
+        show (callable, optional): show(stage, done) is called before the first step: what is done with the text, and
+            how much of it, 0 to 1. Default: None.
 
     Raises:
         OSError, ValueError: the data, an option or the output folder is no good, or the loss never was a number; the
@@ -96,7 +99,7 @@ def train(
         torch.set_num_threads(options.threads)
     quiet()
 
-    corpus = load_corpus(options, output if resume else None)
+    corpus = load_corpus(options, output if resume else None, Progress(show))
     set_seed(options.seed)
     model = make_model(options, len(corpus.tokenizer))
     with _alone_in(output):
@@ -121,19 +124,21 @@ def quiet() -> None:
     datasets.disable_progress_bars()
 
 
-def load_corpus(options: TrainingOptions, saved: Path | None = None) -> Corpus:
+def load_corpus(options: TrainingOptions, saved: Path | None = None, progress: Progress | None = None) -> Corpus:
     """Reads, splits and tokenizes the data, with the vocabulary of a folder or one learnt from the training part."""
     if options.data is None:
         raise ValueError("data: expected a text file, got none")
+    progress = progress or Progress()
     normalizer = make_normalizer(options.normalization, options.lowercase)
-    parts = split_file(options.data, normalizer, options.validation)
+    parts = split_file(options.data, normalizer, options.validation, progress)
     for name, part in zip(("training", "validation"), parts, strict=True):
         _check_length(options, name, part.characters, "characters")
     if saved is None:
-        tokenizer = learn_tokenizer(parts[0].texts(), options.vocabulary, options.vocab_size, normalizer)
+        texts = progress.texts("learning the vocabulary", parts[0])
+        tokenizer = learn_tokenizer(texts, options.vocabulary, options.vocab_size, normalizer)
     else:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(saved)
-    tokens = [tokenize(part, tokenizer.backend_tokenizer) for part in parts]
+    tokens = [tokenize(part, tokenizer.backend_tokenizer, progress) for part in parts]
     for name, found in zip(("training", "validation"), tokens, strict=True):
         _check_length(options, name, len(found), "tokens")
     return Corpus(tokenizer, tokens[0], tokens[1], parts[1].characters / len(tokens[1]))

@@ -105,6 +105,18 @@ def test_ctrl_c_saves_and_says_how_to_go_on(text_file, tmp_path, capsys, monkeyp
     assert "after 6 steps" in capsys.readouterr().out
 
 
+def test_terminal_sees_what_is_done_with_the_text(text_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # for rich: a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    assert train(text_file, tmp_path / "out", "--steps", "4") == 0
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err).replace("\r", "\n").splitlines()
+    for beginning in ("reading", "learning the vocabulary", "tokenizing"):
+        assert any(line.startswith(beginning) and "%" in line for line in lines)
+    assert any(re.search(r"4/4 loss [\d.]+, [\d,]+ tokens/s", line) for line in lines)
+    assert main(["evaluate", str(tmp_path / "out"), "--data", str(text_file)]) == 0
+    assert re.search(r"evaluating.*100%", capsys.readouterr().err)
+
+
 def test_help_names_every_option(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["train", "lm", "--help"]) == 0

@@ -14,8 +14,9 @@ PLAIN = make_normalizer("none")
 
 
 def tokens_of(values, parts=1):
-    table = pa.chunked_array([pa.array(part, pa.int32()) for part in np.array_split(np.array(values, np.int32), parts)])
-    return Tokens(Dataset(pa.table({"token": table})))
+    pieces = np.array_split(np.array(values, np.int32), parts)
+    rows = pa.chunked_array([pa.array([piece], pa.list_(pa.int32())) for piece in pieces])
+    return Tokens(Dataset(pa.table({"tokens": rows})))
 
 
 def write(tmp_path, content):

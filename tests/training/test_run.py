@@ -95,6 +95,22 @@ def test_killed_run_goes_on_as_an_unbroken_one(text_file, tmp_path):
     assert losses(broken) == pytest.approx(losses(whole.output), rel=1e-4)
 
 
+def test_show_hears_of_every_stage(text_file, tmp_path):
+    heard: dict[str, list[float]] = {}
+
+    def show(stage, done):
+        heard.setdefault(stage, []).append(done)
+
+    options = options_for(text_file, tmp_path / "out")
+    train(options, show=show)
+    assert list(heard) == ["reading", "learning the vocabulary", "tokenizing"]
+    evaluate(Checkpoint.load(options.output), text_file, show=show)
+    assert list(heard)[3:] == ["evaluating"]
+    for done in heard.values():
+        assert done[0] == 0
+        assert 0.9 < done[-1] <= 1  # "reading" counts characters as bytes
+
+
 def test_best_weights_are_kept(text_file, tmp_path):
     """The learning rate makes the model worse in the end."""
     options = options_for(text_file, tmp_path / "out", lr=0.5, schedule="constant", optimizer="sgd", clip=0.0, steps=40)
