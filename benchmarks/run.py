@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import machine
 import numpy as np
@@ -159,6 +160,47 @@ def _arguments(argv: Sequence[str] | None, providers: Mapping[str, Provider]) ->
     return parser.parse_args(argv)
 
 
+def _rows(
+    workload: Workload,
+    mode: str,
+    samples: Mapping[str, Sequence[float]],
+    common: Mapping[str, Any],
+    versions: Mapping[str, str],
+) -> list[rows.Row]:
+    """One of every provider, without the machine's limits."""
+    quantiles = {name: np.percentile(times, (50, 20, 80)) * 1e3 for name, times in samples.items()}
+    torch_p50 = quantiles["torch"][0] if "torch" in quantiles else None
+    return [
+        rows.Row(
+            **common,
+            dtype=str(workload.dtype).removeprefix("torch."),
+            op=workload.op,
+            workload=workload.name,
+            provider=name,
+            mode=mode,
+            p50=p50,
+            p20=p20,
+            p80=p80,
+            gflops=workload.gflop(mode) / p50 * 1e3,
+            share=None,
+            torch_ratio=torch_p50 / p50 if torch_p50 else None,
+            peak_gflops=None,
+            read_gbs=None,
+            tile_gflops=None,
+            provider_version=versions[name],
+            gbs=workload.gbytes / p50 * 1e3 if getattr(workload, "bound_by_memory", False) else None,
+        )
+        for name, (p50, p20, p80) in quantiles.items()
+    ]
+
+
+def _add_limits(measured: Sequence[rows.Row], limits: machine.Limits) -> None:
+    """They are known best after the last sample."""
+    for row in measured:
+        row.peak_gflops, row.tile_gflops, row.read_gbs = limits.peak_gflops, limits.tile_gflops, limits.read_gbs
+        row.share = row.gflops / row.peak_gflops if row.peak_gflops else None
+
+
 def main(
     argv: Sequence[str] | None = None,
     workloads: Sequence[Workload] = WORKLOADS,
@@ -196,39 +238,14 @@ def main(
             limits.sample()
             samples, refused = measure(workload, mode, chosen, arguments.threads, arguments.seconds)
             failures += refused
-            quantiles = {name: np.percentile(times, (50, 20, 80)) * 1e3 for name, times in samples.items()}
-            line = "  ".join(f"{name} {p50:.4g} ms" for name, (p50, _, _) in quantiles.items())
+            new = _rows(workload, mode, samples, common, versions)
+            line = "  ".join(f"{row.provider} {row.p50:.4g} ms" for row in new)
             print(
                 f"[{done}/{len(todo)}] {workload.op}/{workload.name} {mode}: {line}", *refused, sep="\n  ", flush=True
             )
-            torch_p50 = quantiles["torch"][0] if "torch" in quantiles else None
-            measured += [
-                rows.Row(
-                    **common,
-                    dtype=str(workload.dtype).removeprefix("torch."),
-                    op=workload.op,
-                    workload=workload.name,
-                    provider=name,
-                    mode=mode,
-                    p50=p50,
-                    p20=p20,
-                    p80=p80,
-                    gflops=workload.gflop(mode) / p50 * 1e3,
-                    share=None,
-                    torch_ratio=torch_p50 / p50 if torch_p50 else None,
-                    peak_gflops=None,
-                    read_gbs=None,
-                    tile_gflops=None,
-                    provider_version=versions[name],
-                    gbs=workload.gbytes / p50 * 1e3 if getattr(workload, "bound_by_memory", False) else None,
-                )
-                for name, (p50, p20, p80) in quantiles.items()
-            ]
-    finally:
-        # The limits are known best after the last sample, and an interrupted run keeps what it has.
-        for row in measured:
-            row.peak_gflops, row.tile_gflops, row.read_gbs = limits.peak_gflops, limits.tile_gflops, limits.read_gbs
-            row.share = row.gflops / row.peak_gflops if row.peak_gflops else None
+            measured += new
+    finally:  # an interrupted run keeps what it has
+        _add_limits(measured, limits)
         rows.append(arguments.output, measured)
     print(report.markdown(rows.latest(measured)), *failures, f"rows added to {arguments.output}", sep="\n")
     return 1 if failures else 0

@@ -32,7 +32,7 @@ struct CrossEntropyCall {
       if (classes[r] == ignore_index) continue;
       if (classes[r] < 0 || classes[r] >= vocab)
         fail("target: expected class indices from 0 to " + std::to_string(vocab - 1) + ", or ignore_index = " +
-             std::to_string(ignore_index) + ", got " + std::to_string(classes[r]) + " at " + std::to_string(r));
+             std::to_string(ignore_index) + ", got " + std::to_string(classes[r]) + " at index " + std::to_string(r));
       live.push_back(r);
     }
   }

@@ -375,7 +375,7 @@ def linear_cross_entropy_forward(
     if bad.any():
         raise ValueError(
             f"target: expected class indices from 0 to {weight.shape[0] - 1}, or ignore_index = "
-            f"{ignore_index}, got {int(target[bad][0])} at {int(bad.nonzero()[0])}"
+            f"{ignore_index}, got {int(target[bad][0])} at index {int(bad.nonzero()[0])}"
         )
     logits = linear(hidden, weight, bias)
     greatest = logits.amax(1)
