@@ -7,11 +7,12 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-
-import torch
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from fastlm import _native
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 _forced: str | None = os.environ.get("FASTLM_BACKEND") or None
@@ -20,6 +21,14 @@ _warned: set[str] = set()
 
 class FastlmFallbackWarning(UserWarning):
     """A call ran on the reference because no kernel covers it; shown once per reason."""
+
+
+def constant_while_compiling(function: _Function) -> _Function:
+    """`torch.compiler.assume_constant_result`, which would import the compiler, and let it read its environment, as
+    soon as fastlm is imported.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def available() -> dict[str, dict[str, object]]:
@@ -86,7 +95,7 @@ def fall_back(reason: str) -> None:
         _warn(f"fastlm runs the plain reference: {reason}")
 
 
-@torch.compiler.assume_constant_result  # while compiling it is told at once, and not traced
+@constant_while_compiling  # told at once, and not traced
 def _warn(message: str) -> None:
     """At the first caller outside of fastlm's own operations and modules."""
     warnings.warn(message, FastlmFallbackWarning, stacklevel=_depth_of_caller())
@@ -94,9 +103,14 @@ def _warn(message: str) -> None:
 
 def _depth_of_caller() -> int:
     depth, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "fastlm":
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
         depth, frame = depth + 1, frame.f_back
     return depth
+
+
+def _is_ours(module: str) -> bool:
+    """True too for what calls a module's forward."""
+    return module.partition(".")[0] == "fastlm" or module == "torch.nn.modules.module"
 
 
 if _native.broken:

@@ -61,6 +61,17 @@ def test_importing_probes_no_device_and_prints_nothing() -> None:
     assert check_python("assert not torch.cuda.is_initialized()") == ""
 
 
+def test_importing_leaves_the_compiler_and_its_settings_alone() -> None:
+    """They read the environment once, and a user may still be about to set it."""
+    code = """
+import os, sys, torch
+before = dict(os.environ)
+import fastlm
+print([name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules], os.environ == before)
+"""
+    assert check_python(code, head="").strip() == "[] True"
+
+
 def test_version_in_a_source_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise metadata.PackageNotFoundError(name)

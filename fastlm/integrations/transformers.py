@@ -60,7 +60,7 @@ def _modeling(configuration: str) -> str:
     return configuration.replace("configuration_", "modeling_")
 
 
-@torch.compiler.assume_constant_result
+@_backend.constant_while_compiling
 def _needs_masks(configuration: str) -> bool:
     """True where None for a mask, and is_causal instead, may not mean what it means under "sdpa"."""
     module = _modeling(configuration)
@@ -90,7 +90,7 @@ def _source(code: Any) -> str:
         return ""
 
 
-@torch.compiler.assume_constant_result
+@_backend.constant_while_compiling
 def _with_own_attention(configuration: str) -> bool:
     """True, and told as a fallback, for the models of a configuration's module that do not all call the interface.
 

@@ -192,7 +192,7 @@ def has_values(*tensors: Tensor) -> bool:
     return not torch.compiler.is_compiling() and _functorch_level() is None and forward_ad._current_level < 0
 
 
-@torch.compiler.assume_constant_result
+@_backend.constant_while_compiling
 def _transforms() -> bool:
     """True under a transform of `torch.func`; while compiling too, which traces what stands under one by itself."""
     return _functorch_level() is not None

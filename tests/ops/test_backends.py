@@ -121,6 +121,13 @@ def test_float16_runs_the_reference_and_says_so_once(kind: str) -> None:
         assert ops_called(run_fastlm, case) == []
 
 
+def test_a_module_tells_its_fallback_where_it_was_called() -> None:
+    module = fastlm.nn.LSTM(4, 6, proj_size=2)
+    with pytest.warns(fastlm.FastlmFallbackWarning, match="projection") as caught:
+        module(torch.randn(3, 2, 4))
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_strict_turns_a_fallback_into_an_error(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTLM_STRICT", "1")
