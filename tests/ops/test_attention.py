@@ -1,11 +1,13 @@
 """Attention against all scores written out: sizes at the edges of blocks, and options."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
+import fastlm
 from tests.attention import (
     BF16,
     FP32,
@@ -19,7 +21,7 @@ from tests.attention import (
     run_reference,
     run_torch,
 )
-from tests.numerics import check_all, forward_backward
+from tests.numerics import check, check_all, forward_backward
 
 DIMS = (1, 3, 8, 16, 17, 31, 32, 33, 64, 80, 96, 128, 129, 256, 300)
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 257, 1000)
@@ -185,3 +187,28 @@ def test_reference(options: dict, dtype: torch.dtype) -> None:
     case = make_attention(4, 4, 5, 8, kv_heads=2, k_len=70, causal="lower_right", dtype=dtype, **options)
     runs = ((run_reference, case), (run_torch, case), (run_torch, case.to(FP64)))
     check_all(*(forward_backward(run, given) for run, given in runs), scale=1.0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_weights_of_backward_sum_to_one(isa: str, masked: bool) -> None:
+    """An error of lse, or of the way from it to exponents, would be in all weights of a query alike."""
+    q_len, generator = 20, torch.Generator().manual_seed(0)  # fewer would be decoding, whose products round otherwise
+    directions = (torch.randn(400, 1, n, 4, generator=generator) for n in (q_len, 9))
+    q, k = (5 * torch.nn.functional.normalize(direction, dim=-1) for direction in directions)
+    mask = torch.zeros(q_len, 9) if masked else None
+    v, each = torch.zeros(400, 1, 9, q_len), torch.eye(q_len).expand(400, 1, -1, -1)
+
+    def sums(attend: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """The gradient of the values holds the weights of query i in its column i."""
+        values = v.clone().requires_grad_()
+        scale = 0.6  # logarithms up to 15
+        output = attend(q.requires_grad_(), k, values, mask, scale)
+        (weights,) = torch.autograd.grad(output, values, each)
+        return weights.double().sum(-2).float()
+
+    def plain(q, k, v, mask, scale):
+        scores = q @ k.mT * scale
+        return torch.softmax(scores if mask is None else scores + mask, -1) @ v
+
+    got = sums(lambda q, k, v, mask, scale: fastlm.ops.attention(q, k, v, mask=mask, scale=scale))
+    check("sums of weights", got, sums(plain), torch.ones(got.shape, dtype=torch.float64), "gradient")

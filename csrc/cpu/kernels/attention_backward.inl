@@ -286,12 +286,14 @@ class AttentionBackward {
       return {0, 0};
     }
     if (!rule.plain()) rule.transform(query, first, own, weights, buffers_.capped);
-    const T factor = rule.factor(), top = lse / rule.scale(), delta = buffers_.delta[query];
+    const T scale = rule.scale(), factor = rule.factor(), top = lse / scale, delta = buffers_.delta[query];
     const bool small = is_small(top, factor), drops = dropout_.active();
+    // An error here is one of all weights of the query: what rounding took from lse / scale * factor is kept.
+    const T rest = std::fma(-top, scale, lse) / scale * factor + (small ? rounded_off(top, factor) : T(0));
     if (drops) dropout_.factors(static_cast<uint64_t>(lse_place(head_, query)), first, from, to, buffers_.factors);
     for_vectors<T>(from, to, [&](auto kind, int64_t i) FASTLM_LAMBDA_INLINE {
       using W = decltype(kind);
-      const W weight = exponential<W>(weights + i, factor, top, small);
+      const W weight = exponential<W>(weights + i, factor, top, small, rest);
       W grad = W::load(grads + i), kept = weight;
       if (drops) {
         const W dropped = W::load(buffers_.factors + i);

@@ -172,7 +172,7 @@ class AttentionDecode {
         fma(V::load(into + d), V::broadcast(mine), V::load(sums(i) + d) * V::broadcast(theirs)).store(into + d);
     }
     S* to = p_.output.row(item_.b, head(r), place(r));
-    p_.lse.data[lse_place(r)] = AttentionForward<S>::write_attended(whole, rule.scale(), into, p_.v_dim, to);
+    p_.lse.data[lse_place(r)] = AttentionForward<S>::write_attended(whole, rule, into, p_.v_dim, to);
   }
 
   const AttentionForwardParams<S>& p_;

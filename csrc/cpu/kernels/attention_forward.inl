@@ -163,11 +163,11 @@ class AttentionForward {
 
   void finish() {
     for (int64_t g = 0; g < group_; ++g) {
-      const T scale = scores(g).scale();
+      const HeadScores<S> rule = scores(g);
       S* to = p_.output.row(item_.b, head(g), sequence_.q_begin + item_.begin);
       for (int64_t i = 0; i < queries_; ++i, to += p_.output.time) {
         const int64_t place = g * queries_ + i;
-        const T lse = write_attended(buffers_.softmax[place], scale, buffers_.sums + place * v_stride_, p_.v_dim, to);
+        const T lse = write_attended(buffers_.softmax[place], rule, buffers_.sums + place * v_stride_, p_.v_dim, to);
         p_.lse.data[lse_place(item_.begin + i, g)] = lse;
       }
     }
@@ -175,12 +175,12 @@ class AttentionForward {
 
  public:
   // Divides a query's sums by the sum of its exponentials; returns the logarithm.
-  static T write_attended(const Softmax<T>& softmax, T scale, const T* sums, int64_t v_dim, S* to) {
+  static T write_attended(const Softmax<T>& softmax, const HeadScores<S>& rule, const T* sums, int64_t v_dim, S* to) {
     const bool nothing = softmax.sum == 0;
     const V factor = V::broadcast(1 / softmax.sum);
     for (int64_t d = 0; d < v_dim; d += V::kLanes)
       store_as(nothing ? V::zero() : V::load(sums + d) * factor, to + d, v_dim - d);
-    return softmax.lse(scale);
+    return softmax.lse(rule.scale(), rule.factor());
   }
 
  private:

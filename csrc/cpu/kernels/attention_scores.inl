@@ -143,11 +143,19 @@ bool is_small(T top, T factor) {
   return std::abs(top * factor) <= 32;
 }
 
-// 2^(factor (s - top)) of V at s, where s <= top but for rounding.
+// What rounding takes from factor times top.
+template <class T>
+T rounded_off(T top, T factor) {
+  return std::fma(top, factor, -(top * factor));
+}
+
+// 2^(factor (s - top)) of V at s, where s <= top but for rounding; `rest` is what the exponents of all lack.
 template <class V, class T>
-FASTLM_INLINE V exponential(const T* s, T factor, T top, bool small) {
-  if (small) return exp2_nonpositive(fma(V::load(s), V::broadcast(factor), V::broadcast(-(top * factor))));
-  return exp2_nonpositive(at_most(V::broadcast(0), V::load(s) - V::broadcast(top)) * V::broadcast(factor));
+FASTLM_INLINE V exponential(const T* s, T factor, T top, bool small, T rest = 0) {
+  if (small)
+    return exp2_nonpositive(fma(V::load(s), V::broadcast(factor), V::broadcast(-(top * factor))) - V::broadcast(rest));
+  const V exponent = (V::load(s) - V::broadcast(top)) * V::broadcast(factor) - V::broadcast(rest);
+  return exp2_nonpositive(at_most(V::broadcast(0), exponent));
 }
 // What such powers are to be multiplied with when `top` becomes `higher`.
 template <class T>
@@ -191,8 +199,12 @@ struct Softmax {
     return earlier;
   }
 
-  // Natural logarithm of the sum of exponentials of scores.
-  T lse(T scale) const { return sum == 0 ? -std::numeric_limits<T>::infinity() : max * scale + std::log(sum); }
+  // Natural logarithm of the sum of exponentials of scores; backward feels each rounding of it in a whole row.
+  T lse(T scale, T factor) const {
+    if (sum == 0) return -std::numeric_limits<T>::infinity();
+    const T rest = is_small(max, factor) ? rounded_off(max, factor) / ExpConstants<T>::kLog2e : T(0);
+    return std::fma(max, scale, std::log(sum) - rest);
+  }
 
  private:
   static T top(const T* s, int64_t begin, int64_t end) {
