@@ -28,6 +28,7 @@ struct RecurrentKernels {
   void (*forward)(const RecurrentForwardParams<S>&, const RecurrentPlan&, ParallelFor);
   void (*backward)(const RecurrentBackwardParams<S>&, const RecurrentPlan&, ParallelFor);
   Stream<S>* (*stream)(const StreamParams<S>&);  // the caller's to delete
+  int64_t rows_in_place;                         // of a single step forward, that weights need not be packed for
 };
 
 template <class S>

@@ -13,6 +13,7 @@ constexpr int64_t kForwardRows = 128;          // rows per input projection: the
 constexpr int64_t kBackwardBytes = 8 << 20;    // slot gradients between weight gradients: they stay in L3
 constexpr int64_t kBackwardRowsAtLeast = 512;  // a full block of k for the weight gradients
 constexpr int64_t kRowsToSplit = 6;            // rows per member from which sharing the batch pays
+constexpr int64_t kBackwardRowsInPlace = 48;   // of a single step, that weights are not packed beforehand for
 constexpr double kBytesInL2 = 256 << 10;       // recurrent weights that stay beside the rest
 constexpr double kBytesPerNs = 40;             // weights from L3, one core
 constexpr double kStreamNsPerThread = 5000;    // kNsPerThread where packed weights may still lie in a member's L2
@@ -22,8 +23,9 @@ int64_t chunk_rows(int64_t most, int64_t batch, int64_t steps) {
   return std::clamp<int64_t>(most / std::max<int64_t>(batch, 1), 1, std::max<int64_t>(steps, 1)) * batch;
 }
 
+// `rows_in_place`: of a single step, at most, for which weights need not be packed.
 template <class Params>
-RecurrentPlan make_plan(const Params& p, int gates, int max_threads, bool backward) {
+RecurrentPlan make_plan(const Params& p, int gates, int64_t rows_in_place, int max_threads, bool backward) {
   using T = typename Params::T;
   const int64_t rows = p.ragged ? p.ragged->first[p.ragged->steps] : p.seq_len * p.batch;
   const int64_t steps = p.ragged ? p.ragged->steps : p.seq_len;
@@ -38,7 +40,7 @@ RecurrentPlan make_plan(const Params& p, int gates, int max_threads, bool backwa
   // sharing the batch saves the barriers.
   const bool fits = static_cast<double>(gates) * p.hidden * p.hidden * sizeof(T) <= kBytesInL2;
   plan.split_batch = plan.threads == 1 || (fits && p.batch >= kRowsToSplit * plan.threads);
-  plan.direct = rows <= (backward ? 6 : 16) || (steps == 1 && rows <= 48);
+  plan.direct = rows <= (backward ? 6 : 16) || (steps == 1 && rows <= rows_in_place);
   plan.forward_rows = chunk_rows(plan.split_batch ? kForwardRows : kForwardRows / 2, p.batch, steps);
   const int64_t row_bytes = kSlots * p.hidden * static_cast<int64_t>(sizeof(T));
   plan.backward_rows =
@@ -49,13 +51,14 @@ RecurrentPlan make_plan(const Params& p, int gates, int max_threads, bool backwa
 }  // namespace
 
 template <class S>
-RecurrentPlan RecurrentPlan::make(const RecurrentForwardParams<S>& p, int gates, int max_threads) {
-  return make_plan(p, gates, max_threads, false);
+RecurrentPlan RecurrentPlan::make(const RecurrentForwardParams<S>& p, int gates, int64_t rows_in_place,
+                                  int max_threads) {
+  return make_plan(p, gates, rows_in_place, max_threads, false);
 }
 
 template <class S>
 RecurrentPlan RecurrentPlan::make(const RecurrentBackwardParams<S>& p, int gates, int max_threads) {
-  return make_plan(p, gates, max_threads, true);
+  return make_plan(p, gates, kBackwardRowsInPlace, max_threads, true);
 }
 
 template <class S>
@@ -73,8 +76,14 @@ RecurrentPlan RecurrentPlan::make_stream(const RecurrentForwardParams<S>& p, int
 }
 
 template <class S>
+static void run_forward(const RecurrentKernels<S>& kernels, const RecurrentForwardParams<S>& p, int gates,
+                        int max_threads, ParallelFor parallel_for) {
+  kernels.forward(p, RecurrentPlan::make(p, gates, kernels.rows_in_place, max_threads), parallel_for);
+}
+
+template <class S>
 void gru_forward(const RecurrentForwardParams<S>& p, int max_threads, ParallelFor parallel_for) {
-  kernels<S>().gru->forward(p, RecurrentPlan::make(p, kGruGates, max_threads), parallel_for);
+  run_forward(*kernels<S>().gru, p, kGruGates, max_threads, parallel_for);
 }
 
 template <class S>
@@ -84,7 +93,7 @@ void gru_backward(const RecurrentBackwardParams<S>& p, int max_threads, Parallel
 
 template <class S>
 void lstm_forward(const RecurrentForwardParams<S>& p, int max_threads, ParallelFor parallel_for) {
-  kernels<S>().lstm->forward(p, RecurrentPlan::make(p, kLstmGates, max_threads), parallel_for);
+  run_forward(*kernels<S>().lstm, p, kLstmGates, max_threads, parallel_for);
 }
 
 template <class S>

@@ -18,7 +18,7 @@ struct RecurrentPlan {
   int64_t work_ns;        // rough time on one thread
 
   template <class S>
-  static RecurrentPlan make(const RecurrentForwardParams<S>& p, int gates, int max_threads);
+  static RecurrentPlan make(const RecurrentForwardParams<S>& p, int gates, int64_t rows_in_place, int max_threads);
   template <class S>
   static RecurrentPlan make(const RecurrentBackwardParams<S>& p, int gates, int max_threads);
   // For a Stream: weights of `weight_bytes` each, packed and perhaps still in cache; p: the first of its layers.

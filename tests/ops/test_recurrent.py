@@ -185,6 +185,31 @@ def test_cell_is_one_step(isa: str, kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "fp64"))
+def test_one_step_of_dozens_of_rows(isa: str, kind: str, dtype: torch.dtype) -> None:
+    """Weights that are read in place: rows around whole vectors and groups of them, and where packing begins."""
+    sizes = (
+        (13, 7, 65),
+        (16, 300, 130),
+        (23, 65, 9),
+        (33, 16, 64),
+        (47, 1, 100),
+        (64, 33, 72),
+        (96, 70, 71),
+        (97, 9, 8),
+    )
+    for (batch, input_size, hidden_size), bias in zip(sizes, BIASES * 2, strict=True):
+        check_recurrent(make_recurrent(kind, 1, batch, input_size, hidden_size, dtype=dtype, bias=bias))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_matrix_for_input_and_state(isa: str, kind: str) -> None:
+    for seq_len, batch in ((1, 3), (1, 20), (4, 20)):
+        case = make_recurrent(kind, seq_len, batch, 24, 24)
+        check_recurrent(case.map(lambda name, tensor: case.w_ih if name == "w_hh" else tensor))  # noqa: B023
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reverse", [False, True], ids=("ahead", "reverse"))
 def test_reference_is_what_torch_computes(kind: str, reverse: bool) -> None:
     """The reference serves derivatives of higher order and every fallback."""

@@ -13,7 +13,7 @@ from tests.numerics import Outputs, forward_backward, kernels_only, make_recurre
 KINDS = ("gru", "lstm")
 # Batch split and unit split, below and above the threshold where a second thread joins, uneven shares; blocks of units
 # in groups (more slots than fit in the cache), and weight gradients in several goes.
-SHAPES = [(T, B, 24, H) for T, B, H in product((1, 12), (1, 2, 3, 5, 8, 16, 33), (17, 256))]
+SHAPES = [(T, B, 24, H) for T, B, H in product((1, 12), (1, 2, 3, 5, 8, 16, 33, 90), (17, 256))]
 SHAPES += [(130, 1, 5, 96), (30, 40, 7, 272), (1, 30, 33, 100)]
 
 pytestmark = kernels_only
@@ -39,7 +39,15 @@ def test_one_and_two_threads_give_the_same_bits(isa: str, kind: str, dtype: torc
 
 @pytest.mark.parametrize("form", list(product((False, True), repeat=2)))
 def test_products_give_the_same_bits(isa: str, form: tuple[bool, bool]) -> None:
-    for m, n, k in ((1, 700, 300), (33, 65, 17), (256, 256, 256), (64, 48, 4000), (900, 16, 64)):
+    for m, n, k in (
+        (1, 700, 300),
+        (20, 300, 500),
+        (33, 65, 17),
+        (90, 200, 300),
+        (256, 256, 256),
+        (64, 48, 4000),
+        (900, 16, 64),
+    ):
         a, b = torch.randn((k, m) if form[0] else (m, k)), torch.randn((n, k) if form[1] else (k, n))
         results = []
         for threads in (1, 2, 3):

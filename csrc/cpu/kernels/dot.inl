@@ -9,11 +9,14 @@
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
-// Beyond, packing a panel on the way is faster. Long sums hide what a tile costs around them; with vectors of 64 bytes
-// that is not measured.
-template <class T>
-constexpr int64_t dot_rows_at_most(int64_t depth) {
-  return FASTLM_VECTOR_BYTES == 32 && depth >= 32 * Vec<T>::kLanes ? 24 : 12;
+// Whether this is the way for so many rows. Long sums hide what a tile costs around them; of more than 12 rows, those
+// that nearly fill vectors are better off in broadcast.inl, which takes no BFloat16. With vectors of 64 bytes it always
+// is.
+template <class S>
+constexpr bool dot_is_faster(int64_t rows, int64_t depth) {
+  constexpr int64_t lanes = Vec<Compute<S>>::kLanes;
+  const bool fills = std::is_same_v<S, Compute<S>> && 5 * rows >= (rows + lanes - 1) / lanes * lanes * 4;
+  return rows <= 12 || (FASTLM_VECTOR_BYTES == 32 && depth >= 32 * lanes && rows <= 24 && !fills);
 }
 // Rows of A per tile, at most, and rows of W beside them: up to 24 of 32, or 12 of 16 registers accumulate.
 constexpr int kDotRows = FASTLM_VECTOR_BYTES == 64 ? 6 : 3;

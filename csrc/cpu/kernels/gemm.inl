@@ -2,12 +2,14 @@
 //
 // B is packed into panels of kCols columns, [K][kCols] each; A is read in place where its rows are contiguous in k, and
 // packed [K][kTileRows] where they are not. A tile of up to kTileRows x kCols of C lives in registers over a block of
-// K (tile.h), so B's panel comes from L1 or L2. Few rows against weights as a layer stores them skip packing (dot.inl).
+// K (tile.h), so B's panel comes from L1 or L2. Few rows against weights as a layer stores them skip packing (dot.inl,
+// broadcast.inl).
 #pragma once
 
 #include <algorithm>
 
 #include "core/params.h"
+#include "cpu/kernels/broadcast.inl"
 #include "cpu/kernels/dot.inl"
 #include "cpu/kernels/tile.h"
 #include "cpu/team.h"
@@ -164,8 +166,6 @@ void block_times_panel(const GemmParams<T>& p, const T* a_tiles, int64_t begin, 
   }
 }
 
-// Up to this many rows, packing all of B beforehand costs more than it gives.
-constexpr int64_t kDirectRows = 48;
 // Up to this depth a tile's arithmetic is no longer than the writing of C, which then goes row by row.
 constexpr int64_t kShallow = 64;
 
@@ -268,31 +268,45 @@ void gemm(const Products<T>& products, const GemmBuffers<T>& buffers, const Team
 FASTLM_SHARED_GEMM(extern);
 #endif
 
-// The same for few rows, all of them whole in k: a panel of B is packed by the member that multiplies with it, and read
-// while it is in that member's L1.
+// C = A W^T (W as a layer stores it) for few rows needs no packing of W.
 template <class T>
-void gemm_few_rows(const GemmParams<T>& p, const GemmBuffers<T>& buffers, const Team& team) {
-  const Products<T> product{&p, 1};
-  T* edge = buffers.edge + team.rank * kTileRows * kCols<T>;
-  team.share(product.panels(), false, [&](int64_t i) {
-    T* panel = buffers.b_panels + i * std::min(p.k, kBlockDepth<T>) * kCols<T>;
-    for (int64_t k = 0; k < p.k; k += kBlockDepth<T>) {
-      const int64_t depth = std::min(kBlockDepth<T>, p.k - k);
-      pack_panel(product, i, k, depth, panel);
-      block_times_panel<T>(p, nullptr, 0, p.m, k, depth, panel, i * kCols<T>, edge);
-    }
-  });
+bool reads_weights_in_place(const GemmParams<T>& p) {
+  return p.b_transposed && !p.a_transposed && p.m <= kBroadcastRowsAtMost;
 }
 
+// The rest of what such a product needs.
 template <class T>
-void gemm(const GemmParams<T>& p, const GemmBuffers<T>& buffers, const Team& team) {
-  const bool few_rows = p.b_transposed && !p.a_transposed && p.m <= kDirectRows && p.k > 0;
-  if (!few_rows) return gemm(Products<T>{&p, 1}, buffers, team);
-  if (p.m > dot_rows_at_most<T>(p.k)) return gemm_few_rows(p, buffers, team);
-  const auto own = team.split(p.n, 8);
-  dot_product<T>({p.a, p.a_stride, p.b + own.begin * p.b_stride, p.b_stride, own.end - own.begin, p.k, p.c + own.begin,
-                  p.c_stride, first_init(p), p.bias ? p.bias + own.begin : nullptr, 0},
-                 p.m);
+struct FewRowsBuffers {
+  T* panels;  // of A's rows; shared
+  T* sums;    // per member, of one panel of C
+
+  static FewRowsBuffers take(Workspace& workspace, const GemmParams<T>& p, int members) {
+    const int64_t padded = RowGroups::of<T>(p.m).padded;
+    FewRowsBuffers buffers;
+    buffers.panels = workspace.take<T>(padded * p.k);
+    buffers.sums = workspace.take<T>(members * padded * kCols<T>);
+    return buffers;
+  }
+};
+
+template <class T>
+void gemm_few_rows(const GemmParams<T>& p, const FewRowsBuffers<T>& buffers, const Team& team) {
+  if (dot_is_faster<T>(p.m, p.k)) {
+    const auto own = team.split(p.n, 8);
+    return dot_product<T>({p.a, p.a_stride, p.b + own.begin * p.b_stride, p.b_stride, own.end - own.begin, p.k,
+                           p.c + own.begin, p.c_stride, first_init(p), p.bias ? p.bias + own.begin : nullptr, 0},
+                          p.m);
+  }
+  const auto groups = RowGroups::of<T>(p.m);
+  const auto columns = team.split(p.k, kLine<T>);
+  turn_rows(groups, p.a, p.a_stride, p.k, columns.begin, columns.end, buffers.panels);
+  team.barrier();
+  team.share(panels_for<T>(p.n), false, [&](int64_t i) {
+    const int64_t col = i * kCols<T>;
+    broadcast_product<T>(groups, {buffers.panels, p.b + col * p.b_stride, p.b_stride, std::min(kCols<T>, p.n - col),
+                                  p.k, p.c + col, p.c_stride, first_init(p), p.bias ? p.bias + col : nullptr,
+                                  buffers.sums + team.rank * groups.padded * kCols<T>});
+  });
 }
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

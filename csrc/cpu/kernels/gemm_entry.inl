@@ -13,12 +13,19 @@ namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
 template <class T>
 void gemm_entry(const GemmParams<T>& p, int threads, ParallelFor parallel_for) {
-  Workspace workspace;
-  GemmBuffers<T>::take(workspace, panels_for<T>(p.n), p.k, threads);
-  workspace.allocate();
-  const auto buffers = GemmBuffers<T>::take(workspace, panels_for<T>(p.n), p.k, threads);
   const auto work_ns = static_cast<int64_t>(2. * p.m * p.n * p.k / kFlopsPerNs);
-  run_team(parallel_for, threads, work_ns, [&](const Team& team) { gemm(p, buffers, team); });
+  const auto run = [&](const auto& take, const auto& body) {
+    Workspace workspace;
+    take(workspace);
+    workspace.allocate();
+    const auto buffers = take(workspace);
+    run_team(parallel_for, threads, work_ns, [&](const Team& team) { body(buffers, team); });
+  };
+  if (reads_weights_in_place(p))
+    return run([&](Workspace& workspace) { return FewRowsBuffers<T>::take(workspace, p, threads); },
+               [&](const auto& buffers, const Team& team) { gemm_few_rows(p, buffers, team); });
+  run([&](Workspace& workspace) { return GemmBuffers<T>::take(workspace, panels_for<T>(p.n), p.k, threads); },
+      [&](const auto& buffers, const Team& team) { gemm(Products<T>{&p, 1}, buffers, team); });
 }
 
 // Rate over `seconds` of body(), which does so many floating-point operations; GFLOP/s.
@@ -69,6 +76,7 @@ double tile_peak(double seconds) {
 
 FASTLM_SHARED_TILES();
 FASTLM_SHARED_DOTS();
+FASTLM_SHARED_BROADCASTS();
 FASTLM_SHARED_PACKING();
 FASTLM_SHARED_GEMM();
 FASTLM_SHARED_NARROW_TILES();

@@ -54,19 +54,19 @@ void recurrent_backward(const RecurrentBackwardParams<S>& p, const RecurrentPlan
 }
 
 // A cell's entries in the table, for every element type.
+template <class S, class Cell>
+constexpr RecurrentKernels<S> recurrent_kernels() {
+  return {recurrent_forward<S, Cell>, recurrent_backward<S, Cell>, make_stream<S, Cell>,
+          kWidens<S> ? kNarrowRowsInPlace : kBroadcastRowsAtMost};
+}
 #ifdef FASTLM_BFLOAT16_ONLY
-#define FASTLM_RECURRENT_KERNELS(name, Cell) FASTLM_RECURRENT_BFLOAT16_KERNELS(name, Cell)
+#define FASTLM_RECURRENT_KERNELS(name, Cell) \
+  extern const RecurrentKernels<BFloat16> name##BFloat16 = recurrent_kernels<BFloat16, Cell>()
 #else
-#define FASTLM_RECURRENT_KERNELS(name, Cell)                                                                        \
-  extern const RecurrentKernels<float> name##Float{recurrent_forward<float, Cell>, recurrent_backward<float, Cell>, \
-                                                   make_stream<float, Cell>};                                       \
-  extern const RecurrentKernels<double> name##Double{recurrent_forward<double, Cell>,                               \
-                                                     recurrent_backward<double, Cell>, make_stream<double, Cell>};  \
-  FASTLM_RECURRENT_BFLOAT16_KERNELS(name, Cell)
+#define FASTLM_RECURRENT_KERNELS(name, Cell)                                              \
+  extern const RecurrentKernels<float> name##Float = recurrent_kernels<float, Cell>();    \
+  extern const RecurrentKernels<double> name##Double = recurrent_kernels<double, Cell>(); \
+  extern const RecurrentKernels<BFloat16> name##BFloat16 = recurrent_kernels<BFloat16, Cell>()
 #endif
-#define FASTLM_RECURRENT_BFLOAT16_KERNELS(name, Cell)                                                  \
-  extern const RecurrentKernels<BFloat16> name##BFloat16 {                                             \
-    recurrent_forward<BFloat16, Cell>, recurrent_backward<BFloat16, Cell>, make_stream<BFloat16, Cell> \
-  }
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

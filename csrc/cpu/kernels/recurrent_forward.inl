@@ -9,6 +9,8 @@ namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 // Up to this many rows of the batch a step waits for the weights, and their panels stay in bfloat16; beyond, it waits
 // for the arithmetic, and widening them again and again would add to it.
 constexpr int64_t kNarrowRowsAtMost = 4;
+// Up to this many rows of a single step, weights of another type than T are packed panel by panel as they are wanted.
+constexpr int64_t kNarrowRowsInPlace = 48;
 
 // How many rows of this depth stay in L2 while panel after panel of weights passes by.
 template <class T>
@@ -29,7 +31,8 @@ struct ForwardBuffers {
   T* c;                  // (B, padded H)
   E* x;                  // [row of the chunk][I, in whole pairs], where rows of the input are copied
   T* gates[2];           // [block][row of the chunk][slot][kCols]; two, of chunks in turn, where units are shared
-  P* late;               // per member: max(I, H) x kCols, a panel packed when it is wanted
+  P* late;               // per member: max(I, H) x kCols, a panel packed when it is wanted, where S is not T
+  T *turned_x, *turned_h, *sums;  // per member, of a single step's rows: RowGroups of x and h, their product's sums
 
   template <class Cell>
   void take_weights(Workspace& workspace, const RecurrentForwardParams<S>& p) {
@@ -48,7 +51,14 @@ struct ForwardBuffers {
   FASTLM_NOINLINE void take_scratch(Workspace& workspace, const RecurrentForwardParams<S>& p, const RecurrentPlan& plan,
                                     bool copies) {
     const RecurrentSizes<T> sizes(p.hidden);
-    if (plan.direct) late = workspace.take<P>(plan.threads * late_size(p));
+    if (broadcasts(p, plan)) {
+      const int64_t rows = plan.threads * RowGroups::of<T>(p.batch).padded;
+      turned_x = workspace.take<T>(rows * p.input_size);
+      turned_h = workspace.take<T>(rows * p.hidden);
+      sums = workspace.take<T>(rows * kCols<T>);
+    } else if (plan.direct && kWidens<S>) {
+      late = workspace.take<P>(plan.threads * late_size(p));
+    }
     if (copies) x = workspace.take<E>(plan.forward_rows * x_stride(p));
     const int64_t size = sizes.blocks * plan.forward_rows * sizes.slots_width;
     gates[0] = workspace.take<T>(size);
@@ -64,6 +74,12 @@ struct ForwardBuffers {
     buffers.take_state(workspace, p);
     buffers.take_scratch(workspace, p, plan, copies_input<E>(p));
     return buffers;
+  }
+  // Whether a single step's rows are turned to meet weights in place. By the batch, not a member's rows: sums must not
+  // depend on how many share them.
+  static bool broadcasts(const RecurrentForwardParams<S>& p, const RecurrentPlan& plan) {
+    return std::is_same_v<S, T> && plan.direct && StepRows(p).steps() == 1 &&
+           !dot_is_faster<S>(p.batch, std::min(p.input_size, p.hidden));
   }
   static int64_t x_stride(const RecurrentForwardParams<S>& p) { return panel_depth<E>(p.input_size); }
   static int64_t late_size(const RecurrentForwardParams<S>& p) {
@@ -125,12 +141,21 @@ class ForwardPass {
 
   void run_chunk(const Chunk& chunk) {
     if (buffers_.x) copy_input(chunk);
-    if (rows_.steps() == 1)
+    if (rows_.steps() == 1) {
+      const auto rows = active(0);
+      if constexpr (std::is_same_v<S, T>)
+        if (turned_x()) {
+          const auto turn = [&](const T* from, int64_t stride, int64_t width, T* to) {
+            turn_rows(RowGroups::of<T>(rows.end - rows.begin), from, stride, width, 0, width, to);
+          };
+          turn(input(chunk, 0, rows.begin), x_stride_, p_.input_size, turned_x());
+          turn(buffers_.h[0] + rows.begin * h_stride_, h_stride_, p_.hidden, turned_h());
+        }
       return for_blocks(false, [&](int64_t block) {
-        const auto rows = active(0);
         project_block(chunk, row_of(chunk, 0) + rows.begin, input(chunk, 0, rows.begin), rows.end - rows.begin, block);
         recurrent_block(chunk, 0, block);
       });
+    }
     project_input(chunk);
     for (int64_t step = chunk.first; step < chunk.last; ++step) {
       // The last step of a chunk needs none behind it: the next chunk's sums lie elsewhere.
@@ -204,26 +229,40 @@ class ForwardPass {
     }
   }
 
-  // slots (rows) = init + a (rows, depth) times the weights of one block and gate, packed or in place.
-  void product(const E* a, int64_t a_stride, int64_t rows, const P* panels, const S* weights, int64_t depth,
-               int64_t block, int gate, T* slots, Init init, const T* bias, int deal) {
+  // slots (rows) = init + a (rows, depth) times the weights of one block and gate, packed or in place; `turned`: a as
+  // turn_rows() leaves it, or null.
+  void product(const E* a, int64_t a_stride, const T* turned, int64_t rows, const P* panels, const S* weights,
+               int64_t depth, int64_t block, int gate, T* slots, Init init, const T* bias, int deal) {
     const P* panel = panels + (block * Cell::kGates + gate) * panel_depth<P>(depth) * kCols<T>;
     const P* next = panel + panel_depth<P>(depth) * kCols<T>;
     // Nothing that has panels of another type is direct.
     if constexpr (std::is_same_v<P, S>)
       if (plan_.direct) {
         const S* stored = weights + (gate * p_.hidden + block * kCols<T>)*depth;
-        // By the batch, not this member's rows: sums must not depend on how many share them.
-        if (p_.batch <= dot_rows_at_most<T>(depth))
-          return dot_product<S, E>(
-              {a, a_stride, stored, depth, units_of(block), depth, slots, sizes_.slots_width, init, bias, 0}, rows);
+        const int64_t units = units_of(block);
+        if constexpr (std::is_same_v<S, T>)
+          if (turned)
+            return broadcast_product<T>(RowGroups::of<T>(rows),
+                                        {turned, stored, depth, units, depth, slots, sizes_.slots_width, init, bias,
+                                         part(buffers_.sums, kCols<T>)});
+        // By the batch, as above.
+        if (!kWidens<S> || dot_is_faster<S>(p_.batch, depth))
+          return dot_product<S, E>({a, a_stride, stored, depth, units, depth, slots, sizes_.slots_width, init, bias, 0},
+                                   rows);
         P* late = buffers_.late + team_.rank * ForwardBuffers<S, P>::late_size(p_);
-        pack_transposed(stored, depth, depth, units_of(block), late);
+        pack_transposed(stored, depth, depth, units, late);
         panel = late;
         next = stored_after(weights, depth, block, gate);
       }
     rows_times_panel(a, a_stride, rows, panel, depth, slots, sizes_.slots_width, init, bias, deal, next);
   }
+
+  // This member's part of a buffer for a single step's rows, so wide; null where there is none.
+  T* part(T* all, int64_t width) const {
+    return all ? all + team_.rank * RowGroups::of<T>(p_.batch).padded * width : nullptr;
+  }
+  T* turned_x() const { return part(buffers_.turned_x, p_.input_size); }
+  T* turned_h() const { return part(buffers_.turned_h, p_.hidden); }
 
   // What is packed after the weights of a gate: another gate's, then the state's after the input's of a block.
   const S* stored_after(const S* weights, int64_t depth, int64_t block, int gate) const {
@@ -269,7 +308,7 @@ class ForwardPass {
   FASTLM_NOINLINE void project_block(const Chunk& chunk, int64_t row, const E* x, int64_t count, int64_t block) {
     for (int gate = 0; gate < Cell::kGates; ++gate) {
       const int slot = Cell::input_slot(gate);
-      product(x, x_stride_, count, buffers_.panels_ih, p_.w_ih, p_.input_size, block, gate,
+      product(x, x_stride_, turned_x(), count, buffers_.panels_ih, p_.w_ih, p_.input_size, block, gate,
               slots(chunk, block, row) + slot * kCols<T>, Init::kBias, bias(block, slot), accumulators(rows_.all()));
     }
   }
@@ -282,7 +321,7 @@ class ForwardPass {
     fetch_results(rows, range, units_of(block));
     for (int gate = 0; gate < Cell::kGates; ++gate) {
       const int slot = Cell::state_slot(gate);
-      product(h, h_stride_, range.end - range.begin, buffers_.panels_hh, p_.w_hh, p_.hidden, block, gate,
+      product(h, h_stride_, turned_h(), range.end - range.begin, buffers_.panels_hh, p_.w_hh, p_.hidden, block, gate,
               rows[range.begin].slots + slot * kCols<T>,
               slot == Cell::input_slot(gate) ? Init::kAccumulate : Init::kBias, bias(block, slot),
               accumulators(p_.batch));
