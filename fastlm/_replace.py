@@ -9,7 +9,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from fastlm import _native, _trace
 from fastlm._report import Report
 from fastlm.nn import GRU, LSTM, Dropout, GRUCell, LSTMCell, MultiheadAttention
-from fastlm.nn._twin import TorchTwin, change_class
+from fastlm.nn._twin import TorchTwin, change_class, check_class
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 
@@ -33,12 +33,19 @@ def replace(model: _Model) -> _Model:
     """
     _change_classes("replace", model, _TWINS)
     for module in model.modules():
-        _decline_fast_path(module)
+        fast_path = _fast_path(module)
+        if fast_path is not None:
+            _take(module, *fast_path)
     return model
 
 
 def restore(model: _Model) -> _Model:
-    """Undoes `replace`: every fastlm.nn module becomes its torch.nn twin again, in place. Returns the model."""
+    """Undoes `replace`: every fastlm.nn module becomes its torch.nn twin again, in place. Returns the model.
+
+    Raises:
+        ValueError: a module has an option (weight_dropout, locked_dropout) that torch.nn lacks; no module is changed
+            then.
+    """
     twins: list[type[Any]] = [*_TWINS.values(), Dropout]
     _change_classes("restore", model, {twin: twin.torch_class for twin in twins})
     for module in model.modules():
@@ -51,14 +58,15 @@ def restore(model: _Model) -> _Model:
 _TAKEN = "_fastlm_taken"
 
 
-def _decline_fast_path(module: torch.nn.Module) -> None:
-    """Turns off what would run torch's attention instead of a replaced one: the fast paths of layers and encoders."""
+def _fast_path(module: torch.nn.Module) -> tuple[str, Any] | None:
+    """What lets a layer or encoder run torch's attention instead of a replaced one: an attribute, its value without."""
     if isinstance(module, torch.nn.TransformerEncoderLayer) and isinstance(module.self_attn, MultiheadAttention):
-        _take(module, "activation_relu_or_gelu", 0)
+        return "activation_relu_or_gelu", 0
     if isinstance(module, torch.nn.TransformerEncoder) and any(
         isinstance(inner, MultiheadAttention) for inner in module.modules()
     ):
-        _take(module, "use_nested_tensor", False)
+        return "use_nested_tensor", False
+    return None
 
 
 def _take(module: torch.nn.Module, attribute: str, value: object) -> None:
@@ -69,10 +77,11 @@ def _take(module: torch.nn.Module, attribute: str, value: object) -> None:
 def _change_classes(function: str, model: _Model, new_classes: dict[type[Any], type[Any]]) -> _Model:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"fastlm.{function}: expected a torch.nn.Module, got {type(model).__name__}")
-    for module in model.modules():
-        new_class = new_classes.get(type(module))
-        if new_class is not None:
-            change_class(module, new_class)
+    changed = [module for module in model.modules() if type(module) in new_classes]
+    for module in changed:  # all or none
+        check_class(module)
+    for module in changed:
+        change_class(module, new_classes[type(module)])
     return model
 
 
@@ -119,6 +128,9 @@ def _reason_left(module: torch.nn.Module) -> str | None:
             return f"a subclass of torch.nn.{torch_class.__name__}, which may differ from it"
         if isinstance(module, twin) and "forward" in module.__dict__:
             return "its forward was set on the instance, which may call torch's"
+    fast_path = _fast_path(module)
+    if fast_path is not None and getattr(module, fast_path[0]) != fast_path[1]:
+        return "its fast path for evaluation runs torch's attention: call fastlm.replace(model)"
     return None
 
 

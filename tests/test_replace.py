@@ -111,6 +111,16 @@ def test_dropout_goes_back_but_is_not_replaced() -> None:
     assert torch.jit.script(model.eval())(torch.ones(3)).tolist() == [1, 1, 1]
 
 
+def test_restore_changes_all_or_nothing() -> None:
+    model = torch.nn.Sequential(torch.nn.GRU(3, 4), fastlm.nn.LSTM(4, 5, weight_dropout=0.5), torch.nn.GRUCell(5, 6))
+    kinds = [type(module) for module in fastlm.replace(model)]
+    with pytest.raises(ValueError, match=r"weight_dropout: torch\.nn\.LSTM has no such option; unset it first"):
+        fastlm.restore(model)
+    assert [type(module) for module in model] == kinds
+    model[1].weight_dropout = 0.0
+    assert [type(module) for module in fastlm.restore(model)] == [torch.nn.GRU, torch.nn.LSTM, torch.nn.GRUCell]
+
+
 QUANTISED = (torch.nn.GRU, torch.nn.LSTM, torch.nn.GRUCell, torch.nn.LSTMCell)
 
 

@@ -10,11 +10,16 @@ from torch.nn.utils.parametrize import is_parametrized
 
 def change_class(module: torch.nn.Module, new_class: type[torch.nn.Module]) -> None:
     """Makes module an instance of its twin class, in place: identity, parameters and hooks stay."""
-    if isinstance(module, TorchTwin):
-        module._check_torch_form()
+    check_class(module)
     module.__class__ = new_class
     if isinstance(module, torch.nn.RNNBase):
         module._init_flat_weights()  # a list kept by torch.nn, computed on reading by fastlm.nn
+
+
+def check_class(module: torch.nn.Module) -> None:
+    """Raises what `change_class` would."""
+    if isinstance(module, TorchTwin):
+        module._check_torch_form()
 
 
 def read_weights(module: torch.nn.Module, names: Iterable[str]) -> list[Any]:

@@ -28,13 +28,14 @@ class Checkpoint(NamedTuple):
     options: TrainingOptions
 
     @classmethod
-    def load(cls, folder: Path) -> "Checkpoint":
+    def load(cls, folder: Path | str) -> "Checkpoint":
         """Reads a run's folder, or one of the checkpoints in it.
 
         Raises:
             ValueError: the folder holds no trained model, or a damaged one.
         """
         quiet()
+        folder = Path(folder)
         if not (folder / "config.json").is_file():
             unfinished = "; the run in it is not finished: go on with fastlm train lm --resume"
             raise ValueError(
@@ -71,14 +72,14 @@ class Evaluation(NamedTuple):
         return bits_per_character(self.loss, self.characters / self.tokens)
 
 
-def evaluate(checkpoint: Checkpoint, data: Path, whole: bool = False, *, show: Show | None = None) -> Evaluation:
+def evaluate(checkpoint: Checkpoint, data: Path | str, whole: bool = False, *, show: Show | None = None) -> Evaluation:
     """Evaluates a model on the validation part of a text, as split in training, or on all of it.
 
     A recurrent model carries its state along; a transformer reads blocks of its context's length. show() hears on the
     way what is being done and how much of it is.
     """
     model, tokenizer, options = checkpoint
-    progress = Progress(show)
+    data, progress = Path(data), Progress(show)
     train, valid = split_file(data, tokenizer.backend_tokenizer.normalizer, options.validation, progress)
     part = Split(data, train.normalizer, 0, valid.last) if whole else valid
     tokens = tokenize(part, tokenizer.backend_tokenizer, progress)
@@ -121,12 +122,15 @@ def generate(
     model, tokenizer, _ = checkpoint
     if seed is not None:
         set_seed(seed)
-    decoder = DecodeStream(skip_special_tokens=False)
+    decoder, held = DecodeStream(skip_special_tokens=False), []
 
     def put(token: int) -> None:
         text = decoder.step(tokenizer.backend_tokenizer, token)
         if text:
             emit(text)
+            held.clear()
+        else:  # bytes that are no whole character yet
+            held.append(token)
 
     try:
         prompt.encode()
@@ -143,6 +147,9 @@ def generate(
     else:
         sampling = {"do_sample": do_sample, "suppress_tokens": unknown or None, **sampling}
         _generate_in_context(model, tokens, max_new_tokens, put, **sampling)
+    rest = tokenizer.decode(held)
+    if rest:
+        emit(rest)
 
 
 def _generate_in_context(

@@ -59,7 +59,9 @@ def _option(default: Any, text: str, low: float | None = None, high: float | Non
 
 @dataclasses.dataclass
 class TrainingOptions:
-    """Options of `fastlm.training.train`. None in an option of the model: its value in MODEL_DEFAULTS."""
+    """Options of `fastlm.training.train`. None in an option of the model: its value in MODEL_DEFAULTS. Paths may be
+    strings.
+    """
 
     data: Path = _option(None, "UTF-8 text file.")
     output: Path | None = _option(None, "Folder to make. Default: named after the data and the model.")
@@ -107,6 +109,9 @@ class TrainingOptions:
     threads: int | None = _option(None, "CPU threads. Default: torch's choice.", 1, 1024)
 
     def __post_init__(self) -> None:
+        for name in ("data", "output"):
+            if getattr(self, name) is not None:
+                setattr(self, name, Path(getattr(self, name)))
         for option in dataclasses.fields(self):
             value, low, high = getattr(self, option.name), option.metadata["min"], option.metadata["max"]
             if value is not None and ((low is not None and not value >= low) or (high is not None and value > high)):
@@ -162,12 +167,13 @@ class TrainingOptions:
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> "TrainingOptions":
+    def load(cls, folder: Path | str) -> "TrainingOptions":
         """Reads what `save` wrote to a folder, which becomes `output`.
 
         Raises:
             ValueError: it holds no run, or a damaged file.
         """
+        folder = Path(folder)
         path = folder / FILE_NAME
         try:
             values = json.loads(path.read_text(encoding="utf-8"))

@@ -557,6 +557,16 @@ def test_explain_a_model() -> None:
         assert fastlm.explain(lambda: attention(*example({}), need_weights=False))["backend"] == "cpu"
 
 
+def test_explain_tells_of_a_fast_path() -> None:
+    layer = encoder_layer()
+    layer.self_attn = fastlm.nn.MultiheadAttention(EMBED, HEADS, batch_first=True)
+    encoder = torch.nn.TransformerEncoder(layer, 1)
+    left = fastlm.explain(encoder)["left"]
+    assert list(left) == ["layers.0"]
+    assert "fast path for evaluation runs torch's attention" in left["layers.0"]
+    assert fastlm.explain(fastlm.replace(encoder))["left"] == {}
+
+
 def test_nested_tensors_are_torchs_and_told(monkeypatch) -> None:
     module = fastlm.nn.MultiheadAttention(8, 2, batch_first=True).eval()
     x = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)])

@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 from transformers import TrainerCallback
 
-from fastlm.training import Checkpoint, TrainingOptions, evaluate, train
+from fastlm.training import Checkpoint, TrainingOptions, evaluate, generate, train
 from fastlm.training.data import StreamDataset
 from fastlm.training.run import LOCK, load_corpus
 from fastlm.training.trainer import mean_loss
@@ -333,3 +333,22 @@ def test_a_schedule_may_end_where_it_began(text_file, tmp_path):
     for schedule in ("linear", "cosine"):
         options = options_for(text_file, tmp_path / schedule, steps=2, schedule=schedule, min_lr=1.0, warmup=0.0)
         assert train(options).step == 2
+
+
+def test_paths_may_be_strings(text_file, tmp_path):
+    train(options_for(str(text_file), str(tmp_path / "out"), steps=4))
+    assert TrainingOptions.load(str(tmp_path / "out")).output == tmp_path / "out"
+    loaded = Checkpoint.load(str(tmp_path / "out"))
+    assert evaluate(loaded, str(text_file)) == evaluate(loaded, text_file)
+
+
+def test_a_text_that_ends_within_a_character_is_shown_whole(text_file, tmp_path, monkeypatch):
+    """Byte pairs: what is no whole character yet is held back, and at the end shown as what it is."""
+    train(options_for(text_file, tmp_path / "out", steps=4, vocabulary="bpe", vocab_size=300))
+    loaded = Checkpoint.load(tmp_path / "out")
+    tokens = loaded.tokenizer("a\u20ac")["input_ids"]
+    for end, expected in ((len(tokens), "a\u20ac"), (len(tokens) - 1, "a\ufffd")):
+        monkeypatch.setattr(loaded.model, "stream_tokens", lambda *_, end=end, **__: iter(tokens[:end]))
+        pieces: list[str] = []
+        generate(loaded, "the", end, pieces.append)
+        assert "".join(pieces) == expected
