@@ -122,7 +122,8 @@ def generate(
     model, tokenizer, _ = checkpoint
     if seed is not None:
         set_seed(seed)
-    decoder, held = DecodeStream(skip_special_tokens=False), []
+    decoder = DecodeStream(skip_special_tokens=False)
+    held: list[int] = []
 
     def put(token: int) -> None:
         text = decoder.step(tokenizer.backend_tokenizer, token)
