@@ -3,12 +3,19 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from fastlm.ops import _common, reference
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastlm.ops._attention_types import AttentionOptions, ScoreOptions
+
+_Lengths = Tensor | list[int]
 
 _forward = torch.ops.fastlm.attention_forward.default
 _backward = torch.ops.fastlm.attention_backward.default
@@ -156,6 +163,14 @@ def _mask_of_four_dims(mask: Any, batch: Sequence[int], sizes: tuple[int, int]) 
     return mask.reshape(math.prod(batch[:-1]), *mask.shape[-3:])
 
 
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: "Unpack[AttentionOptions]"
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: "Unpack[AttentionOptions]"
+) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -291,12 +306,38 @@ def _check_dense(tensors: tuple[Any, Any, Any], names: Sequence[str]) -> None:
         raise ValueError(f"{names[2]}: expected shape (B, Hkv, Tk, Dv) = {(*k.shape[:3], 'Dv')}, got {tuple(v.shape)}")
 
 
+@overload
 def attention_varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Tensor | list[int],
-    cu_seqlens_k: Tensor | list[int],
+    cu_seqlens_q: _Lengths,
+    cu_seqlens_k: _Lengths,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: "Unpack[ScoreOptions]",
+) -> Tensor: ...
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: _Lengths,
+    cu_seqlens_k: _Lengths,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: "Unpack[ScoreOptions]",
+) -> tuple[Tensor, Tensor]: ...
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: _Lengths,
+    cu_seqlens_k: _Lengths,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     *,

@@ -204,8 +204,9 @@ class CrossEntropy {
     Ahead ahead = weight_ahead({words.end, std::min(p_.vocab, 2 * words.end - words.begin)});
     for (int64_t r = 0; r < rows_; r += kCols<T>) {
       const E* panel = shared_.hidden_columns + r * panel_depth<E>(p_.dim);
-      rows_times_panel<E, E, T>(weight, stride, words.end - words.begin, panel, p_.dim, logits + r,
-                                layout_.logit_stride, Init::kZero, nullptr, 1, panel + kCols<T> * p_.dim, &ahead);
+      rows_times_panel<E, E, T>(weight, stride, words.end - words.begin, panel, std::min(kCols<T>, rows_ - r), p_.dim,
+                                logits + r, layout_.logit_stride, Init::kZero, nullptr, 1, panel + kCols<T> * p_.dim,
+                                &ahead);
     }
     return logits;
   }
@@ -365,10 +366,10 @@ class CrossEntropy {
       const E* panel = shared_.hidden_panels + d * layout_.block_rows;
       const E* next = panel + layout_.block_rows * kCols<T>;
       T* to = sums_.weight + words.begin * p_.dim + d;
-      const int64_t cols = p_.dim - d;
-      const bool whole = cols >= kCols<T>;
-      rows_times_panel<E, E, T>(from, stride, count, panel, rows_, whole ? to : own_.edge, whole ? p_.dim : kCols<T>,
-                                whole ? init : Init::kZero, nullptr, 1, next, &ahead);
+      const int64_t cols = std::min(kCols<T>, p_.dim - d);
+      const bool whole = cols == kCols<T>;
+      rows_times_panel<E, E, T>(from, stride, count, panel, cols, rows_, whole ? to : own_.edge,
+                                whole ? p_.dim : kCols<T>, whole ? init : Init::kZero, nullptr, 1, next, &ahead);
       for (int64_t i = 0; !whole && i < count; ++i)
         for (int64_t j = 0; j < cols; ++j)
           to[i * p_.dim + j] = own_.edge[i * kCols<T> + j] + (first_ > 0 ? to[i * p_.dim + j] : T(0));
@@ -390,10 +391,10 @@ class CrossEntropy {
       pack_columns(p_.weight + words.begin * p_.dim + d, p_.dim, count, p_.dim - d, panel);
       if constexpr (!kPairs<E>)
         each_tile([&](int64_t begin, int64_t end) {
-          run_tile<true>(static_cast<int>(end - begin), 1,
-                         TileParams<T>{grads + begin, layout_.logit_stride, panel, kCols<T>, count,
-                                       sums + begin * layout_.row_stride + d, layout_.row_stride,
-                                       first ? Init::kZero : Init::kAccumulate, nullptr, panel});
+          run_tile_of<true>(static_cast<int>(end - begin), std::min(kCols<T>, p_.dim - d), 1,
+                            TileParams<T>{grads + begin, layout_.logit_stride, panel, kCols<T>, count,
+                                          sums + begin * layout_.row_stride + d, layout_.row_stride,
+                                          first ? Init::kZero : Init::kAccumulate, nullptr, panel});
         });
     }
     if constexpr (kPairs<E>)  // with all panels at once: columns of A may have to be brought into rows

@@ -139,7 +139,8 @@ void block_times_panel(const GemmParams<T>& p, const T* a_tiles, int64_t begin, 
   for (int64_t m = begin; m < end; m += limit) {
     const int rows = static_cast<int>(std::min(limit, end - m));
     T* c = p.c + m * p.c_stride + col;
-    const bool whole = cols == kCols<T>;
+    // Written in place: whole vectors, and all of them where k is dealt.
+    const bool whole = cols == kCols<T> || (deal == 1 && cols % Vec<T>::kLanes == 0);
     TileParams<T> tile{nullptr,
                        p.a_stride,
                        panel,
@@ -153,10 +154,10 @@ void block_times_panel(const GemmParams<T>& p, const T* a_tiles, int64_t begin, 
     if (p.a_transposed) {
       tile.a = a_tiles + (m - begin) * depth;
       tile.a_row = kTileRows;
-      run_tile<true>(rows, 1, tile);
+      run_tile_of<true>(rows, cols, 1, tile);
     } else {
       tile.a = p.a + m * p.a_stride + k;
-      run_tile<false>(rows, deal, tile);
+      run_tile_of<false>(rows, cols, deal, tile);
     }
     if (whole) continue;
     for (int r = 0; r < rows; ++r, c += p.c_stride) {

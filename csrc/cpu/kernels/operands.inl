@@ -39,15 +39,6 @@ struct TileRegisters {  // there are none
 
 inline int64_t even_up(int64_t n) { return (n + 1) / 2 * 2; }
 
-template <class T>
-constexpr int64_t lanes_down(int64_t n) {
-  return n / Vec<T>::kLanes * Vec<T>::kLanes;
-}
-template <class T>
-constexpr int64_t lanes_up(int64_t n) {
-  return lanes_down<T>(n + Vec<T>::kLanes - 1);
-}
-
 // Rows are kept dense at a stride of an odd number of cache lines, so that a column of them uses all of the cache.
 template <class E>
 int64_t row_stride(int64_t width) {
@@ -116,23 +107,6 @@ void pack_keys(const S* first, int64_t stride, int64_t begin, int64_t end, int64
   for (int64_t n = begin / cols * cols; n < end; n += cols)
     pack_transposed(first + n * stride, stride, dim, std::min(cols, end - n), panels + n * panel_depth<E>(dim));
 }
-
-template <bool kColumns, class T>
-void run_narrow_tile(int rows, int64_t vectors, const TileParams<T>& p) {
-  static constexpr auto kTiles = table<kTileVecs>([](auto n) {
-    return table<kTileRows>([](auto r) { return &tile_product<T, T, r, decltype(n)::value, 1, kColumns>; });
-  });
-  kTiles[vectors - 1][rows - 1](p);
-}
-
-#define FASTLM_SHARED_NARROW_TILES(keyword)                                              \
-  keyword template void run_narrow_tile<false>(int, int64_t, const TileParams<float>&);  \
-  keyword template void run_narrow_tile<true>(int, int64_t, const TileParams<float>&);   \
-  keyword template void run_narrow_tile<false>(int, int64_t, const TileParams<double>&); \
-  keyword template void run_narrow_tile<true>(int, int64_t, const TileParams<double>&)
-#ifndef FASTLM_BFLOAT16_ONLY
-FASTLM_SHARED_NARROW_TILES(extern);
-#endif
 
 // C (rows <= kOperandRows, columns rounded up to vectors) = [C +] A B, where panel i of B begins at b + i * panel_step.
 template <class E>
@@ -238,19 +212,20 @@ void multiply(int64_t rows, int64_t depth, int64_t cols, const PanelProduct<T>& 
     }
 }
 
-// C (rows, kCols) = init + A (rows, depth) times one dense panel; `deal`, `next`, `ahead` as panel_product() has them.
+// C (rows, cols up to kCols) = init + A (rows, depth) times one dense panel; C has room for kCols, and pairs fill it.
+// `deal`, `next`, `ahead` as panel_product() has them.
 template <class E, class P, class T>
-void rows_times_panel(const E* a, int64_t a_stride, int64_t rows, const P* panel, int64_t depth, T* c, int64_t c_stride,
-                      Init init, const T* bias, int deal, const P* next, Ahead* ahead = nullptr) {
+void rows_times_panel(const E* a, int64_t a_stride, int64_t rows, const P* panel, int64_t cols, int64_t depth, T* c,
+                      int64_t c_stride, Init init, const T* bias, int deal, const P* next, Ahead* ahead = nullptr) {
   if constexpr (kPairs<E>) {
-    for (int64_t r = 0; init == Init::kBias && r < rows; ++r) std::copy_n(bias, kCols<T>, c + r * c_stride);
+    for (int64_t r = 0; bias && init == Init::kBias && r < rows; ++r) std::copy_n(bias, kCols<T>, c + r * c_stride);
     for (int64_t r = 0; r < rows; r += kOperandRows<E>)
       multiply<false>(
           std::min<int64_t>(kOperandRows<E>, rows - r), depth, kCols<T>,
           PanelProduct<E>{a + r * a_stride, a_stride, panel, kPairing<E> * kCols<T>, 0, c + r * c_stride, c_stride},
           init != Init::kZero);
   } else {
-    panel_product(a, a_stride, rows, panel, kCols<T>, depth, c, c_stride, init, bias, deal, next, ahead);
+    panel_product(a, a_stride, rows, panel, kCols<T>, cols, depth, c, c_stride, init, bias, deal, next, ahead);
   }
 }
 

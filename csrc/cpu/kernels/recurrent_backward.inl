@@ -269,7 +269,8 @@ class BackwardPass {
       const bool last = block + 1 == blocks.end;  // then the same block's next rows, or the group's first block, follow
       const int64_t ahead =
           last ? depth - (blocks.end - blocks.begin - 1) * Cell::kGates * p_.hidden : Cell::kGates * p_.hidden;
-      panel_product(a, gates_stride_, range.end - range.begin, weights.data, weights.stride, depth,
+      panel_product(a, gates_stride_, range.end - range.begin, weights.data, weights.stride,
+                    std::min(kCols<T>, p_.hidden - block * kCols<T>), depth,
                     buffers_.dh + range.begin * stride_ + block * kCols<T>, stride_, init,
                     static_cast<const T*>(nullptr), deal, weights.data + (plan_.direct ? 0 : ahead * kCols<T>));
     }
@@ -308,7 +309,7 @@ class BackwardPass {
     const auto weights = piece(buffers_.panels_ih, p_.w_ih, p_.input_size, panel, k, depth);
     const auto sum_in = [&](T* sums, int64_t stride) {
       panel_product(static_cast<const T*>(d_gates(rows.begin) + k), gates_stride_, rows.end - rows.begin, weights.data,
-                    weights.stride, depth, sums, stride, k == 0 ? Init::kZero : Init::kAccumulate,
+                    weights.stride, cols, depth, sums, stride, k == 0 ? Init::kZero : Init::kAccumulate,
                     static_cast<const T*>(nullptr), accumulators(rows_.all()),
                     weights.data + (plan_.direct ? 0 : Cell::kGates * p_.hidden * kCols<T>));
     };

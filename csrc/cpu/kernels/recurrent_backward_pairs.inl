@@ -111,8 +111,8 @@ class BackwardPairs {
                      bool accumulate) {
     for (int gate = 0; gate < Cell::kGates; ++gate, panels += panel_size_)
       rows_times_panel<E, E, T>(buffers_.gates + row * stride_ + slot_of(gate) * slot_stride_, stride_, rows, panels,
-                                p_.hidden, c, c_stride, accumulate || gate > 0 ? Init::kAccumulate : Init::kZero,
-                                nullptr, 1, panels);
+                                kCols<T>, p_.hidden, c, c_stride,
+                                accumulate || gate > 0 ? Init::kAccumulate : Init::kZero, nullptr, 1, panels);
   }
 
   // Pairs of rows, of the slots' gradients and of what they meet.

@@ -254,7 +254,8 @@ class ForwardPass {
         panel = late;
         next = stored_after(weights, depth, block, gate);
       }
-    rows_times_panel(a, a_stride, rows, panel, depth, slots, sizes_.slots_width, init, bias, deal, next);
+    rows_times_panel(a, a_stride, rows, panel, units_of(block), depth, slots, sizes_.slots_width, init, bias, deal,
+                     next);
   }
 
   // This member's part of a buffer for a single step's rows, so wide; null where there is none.

@@ -26,6 +26,15 @@ template <class T>
 constexpr int64_t kDeep = 4096 / sizeof(T);
 constexpr int64_t kBlockRows = 96;  // rows of A worked on with one panel
 
+template <class T>
+constexpr int64_t lanes_down(int64_t n) {
+  return n / Vec<T>::kLanes * Vec<T>::kLanes;
+}
+template <class T>
+constexpr int64_t lanes_up(int64_t n) {
+  return lanes_down<T>(n + Vec<T>::kLanes - 1);
+}
+
 // The depth that a panel of P is stored with: of BFloat16 in pairs.
 template <class P>
 constexpr int64_t panel_depth(int64_t depth) {
@@ -145,6 +154,24 @@ void run_tile(int rows, int deal, const TileParams<T, P>& p) {
 FASTLM_SHARED_TILES(extern);
 #endif
 
+// The same for the first vectors of a panel, with no dealing.
+template <bool kColumns, class T>
+void run_narrow_tile(int rows, int64_t vectors, const TileParams<T>& p) {
+  static constexpr auto kTiles = table<kTileVecs>([](auto n) {
+    return table<kTileRows>([](auto r) { return &tile_product<T, T, r, decltype(n)::value, 1, kColumns>; });
+  });
+  kTiles[vectors - 1][rows - 1](p);
+}
+
+#define FASTLM_SHARED_NARROW_TILES(keyword)                                              \
+  keyword template void run_narrow_tile<false>(int, int64_t, const TileParams<float>&);  \
+  keyword template void run_narrow_tile<true>(int, int64_t, const TileParams<float>&);   \
+  keyword template void run_narrow_tile<false>(int, int64_t, const TileParams<double>&); \
+  keyword template void run_narrow_tile<true>(int, int64_t, const TileParams<double>&)
+#ifndef FASTLM_BFLOAT16_ONLY
+FASTLM_SHARED_NARROW_TILES(extern);
+#endif
+
 // Dense memory that is wanted after this product and that no prefetcher of the processor sees coming.
 struct Ahead {
   const char *at, *end;
@@ -166,11 +193,21 @@ const P* fetch_ahead(const P* weights, const P* next, int64_t depth, int64_t i, 
   return ahead ? ahead->take(count, weights) : weights;
 }
 
-// C (rows, kCols) = init + A (rows, depth) * panel, with rows of A contiguous in k. `deal` = accumulators(all rows);
-// `next`: the panel wanted after this one; `ahead`: what is, later.
+// Rows by the panel's first `cols` columns, rounded up to vectors; with dealing, or of BFloat16, by all of it.
+template <bool kColumns, class T, class P>
+void run_tile_of(int rows, int64_t cols, int deal, const TileParams<T, P>& p) {
+  if constexpr (std::is_same_v<T, P>)
+    if (deal == 1 && cols <= kCols<T> - Vec<T>::kLanes)
+      return run_narrow_tile<kColumns>(rows, lanes_up<T>(cols) / Vec<T>::kLanes, p);
+  run_tile<kColumns>(rows, deal, p);
+}
+
+// C (rows, cols up to kCols) = init + A (rows, depth) * panel, with rows of A contiguous in k; C has room for kCols.
+// `deal` = accumulators(all rows); `next`: the panel wanted after this one; `ahead`: what is, later.
 template <class T, class P>
-void panel_product(const T* a, int64_t a_stride, int64_t rows, const P* panel, int64_t panel_stride, int64_t depth,
-                   T* c, int64_t c_stride, Init init, const T* bias, int deal, const P* next, Ahead* ahead = nullptr) {
+void panel_product(const T* a, int64_t a_stride, int64_t rows, const P* panel, int64_t panel_stride, int64_t cols,
+                   int64_t depth, T* c, int64_t c_stride, Init init, const T* bias, int deal, const P* next,
+                   Ahead* ahead = nullptr) {
   const int64_t limit = deal == 1 ? kTileRows : deal == 2 ? 3 : 1;
   const int64_t tiles = (rows + limit - 1) / limit;
   for (int64_t k = 0; k < depth || k == 0; k += kBlockDepth<T>) {
@@ -179,10 +216,10 @@ void panel_product(const T* a, int64_t a_stride, int64_t rows, const P* panel, i
     const P* behind = k + block < depth ? weights + block * panel_stride : next;
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t begin = rows * i / tiles, end = rows * (i + 1) / tiles;
-      run_tile<false>(static_cast<int>(end - begin), deal,
-                      TileParams<T, P>{a + begin * a_stride + k, a_stride, weights, panel_stride, block,
-                                       c + begin * c_stride, c_stride, k == 0 ? init : Init::kAccumulate, bias,
-                                       fetch_ahead<T>(weights, behind, block, i, ahead)});
+      run_tile_of<false>(static_cast<int>(end - begin), cols, deal,
+                         TileParams<T, P>{a + begin * a_stride + k, a_stride, weights, panel_stride, block,
+                                          c + begin * c_stride, c_stride, k == 0 ? init : Init::kAccumulate, bias,
+                                          fetch_ahead<T>(weights, behind, block, i, ahead)});
     }
   }
 }

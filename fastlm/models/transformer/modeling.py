@@ -58,7 +58,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, call: _Call, layer: int) -> Tensor:
     if call.mask is None and (call.steps == 1 or call.seen == 0):
         return ops.scaled_dot_product_attention(q, k, v, dropout_p=call.dropout, is_causal=call.steps > 1)
     causal = "lower_right" if call.own_mask else None
-    return ops.attention(q, k, v, mask=call.mask, causal=causal, dropout_p=call.dropout)  # type: ignore[return-value]
+    return ops.attention(q, k, v, mask=call.mask, causal=causal, dropout_p=call.dropout)
 
 
 class TransformerMLP(nn.Module):
