@@ -228,8 +228,8 @@ class NextToken(nn.Module):
             return self.model(tokens, use_cache=True, logits_to_keep=1).logits[:, -1]
         if self.cache is None:
             prompt = torch.randint(0, 50257, (1, self.cached), generator=_generator(2))
-            self.cache = self.model(prompt, use_cache=True, logits_to_keep=1).past_key_values
-        logits = self.model(tokens, past_key_values=self.cache, use_cache=True).logits[:, -1]
+            _, self.cache = self.model(prompt, use_cache=True, logits_to_keep=1, return_dict=False)
+        logits = self.model(tokens, self.cache, use_cache=True).logits[:, -1]
         self.cache.crop(-tokens.shape[1])
         return logits
 

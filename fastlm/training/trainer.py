@@ -31,15 +31,16 @@ def next_token_loss(
     inputs, targets = batch["input_ids"], batch["shift_labels"]
     if isinstance(model, RNNForCausalLM | TransformerForCausalLM):
         recurrent = isinstance(model, RNNForCausalLM)
-        output = model(
+        loss, *kept = model(  # a tuple: its items have no names, which depend on transformers' version
             inputs,
-            past_key_values=None if batch["first"] else state,
+            cache=None if batch["first"] else state,
             shift_labels=targets,
             use_cache=recurrent,
             skip_logits=True,
             label_smoothing=label_smoothing,
+            return_dict=False,
         )
-        return output.loss, output.past_key_values.detach() if recurrent else None
+        return loss, kept[0].detach() if recurrent else None
     hidden = model.base_model(inputs, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
     loss = linear_cross_entropy(hidden, head.weight, targets, head.bias, IGNORED, label_smoothing=label_smoothing)

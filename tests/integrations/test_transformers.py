@@ -14,6 +14,7 @@ from torch import Tensor
 import fastlm
 from fastlm import FastlmFallbackWarning, _trace
 from fastlm.integrations import transformers as integration
+from tests.cache import CACHE
 from tests.numerics import check, kernels_only, scaled_to_float64
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -242,7 +243,7 @@ def test_unused_tail_of_a_static_cache_is_not_read(family, masked):
         parts = []
         for begin, end in ((0, 6), (6, 8), (8, 9)):  # prefill, some more, one token
             seen = {"attention_mask": mask[:, :end]} if masked else {}
-            parts.append(model(input_ids=ids[:, begin:end], past_key_values=cache, **seen).logits)
+            parts.append(model(input_ids=ids[:, begin:end], **{CACHE: cache}, **seen).logits)
         results.append(torch.cat(parts, 1)[mask.bool()])
     check("logits", *results)
 
@@ -343,8 +344,8 @@ def test_compiled_decoding_with_a_static_cache():
 
     def run(call: torch.nn.Module) -> Tensor:
         cache = transformers.StaticCache(config=model.config, max_cache_len=12)
-        parts = [model(input_ids=ids[:, :6], past_key_values=cache).logits]
-        parts += [call(input_ids=ids[:, i : i + 1], past_key_values=cache).logits for i in range(6, 9)]
+        parts = [model(input_ids=ids[:, :6], **{CACHE: cache}).logits]
+        parts += [call(input_ids=ids[:, i : i + 1], **{CACHE: cache}).logits for i in range(6, 9)]
         return torch.cat(parts, 1)
 
     torch.compiler.reset()
@@ -524,7 +525,7 @@ def test_nothing_is_copied_on_the_way(monkeypatch):
     monkeypatch.setattr(integration, "checked_attention", spy)
     model = make_model("llama")
     cache = transformers.StaticCache(config=model.config, max_cache_len=12)
-    model(**make_inputs("llama"), past_key_values=cache)
+    model(**make_inputs("llama"), **{CACHE: cache})
     for (key, options, output), layer in zip(seen, cache.layers, strict=True):
         assert key.data_ptr() == layer.keys.data_ptr()
         assert key.shape[1] == 2

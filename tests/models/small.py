@@ -14,6 +14,7 @@ from tests.numerics import Outputs, check_all, each_isa, incoming
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from fastlm.models import RNNConfig, RNNForCausalLM
+from tests.cache import cache_of
 
 VOCABULARY, PAD, BOS = 37, 0, 1
 CELLS = ("gru", "lstm")
@@ -50,7 +51,7 @@ def run(model: RNNForCausalLM, dtype: torch.dtype, *args: Any, **options: Any) -
     """loss, logits and state of a copy of the model in that dtype, and the gradient of every parameter."""
     model = copy.deepcopy(model).to(dtype)
     output = model(*args, **options)
-    results = {"loss": output.loss, "logits": output.logits, "h": output.past_key_values.h}
+    results = {"loss": output.loss, "logits": output.logits, "h": cache_of(output).h}
     results = {name: value for name, value in results.items() if value is not None}
     names, parameters = zip(*model.named_parameters(), strict=True)
     grads = torch.autograd.grad(

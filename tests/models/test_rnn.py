@@ -8,6 +8,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 import fastlm
 from fastlm.models import RNNConfig, RNNForCausalLM, RNNModel
+from tests.cache import cache_of
 from tests.child import check_python, run_python
 from tests.models.small import CELLS, KINDS, VOCABULARY, check_against_twin, make_model, random_ids, twin_of
 from tests.models.small_transformer import make_transformer
@@ -108,7 +109,7 @@ def test_inputs_embeds_and_tuples() -> None:
     found, cache = model(ids, return_dict=False)
     assert torch.equal(found, logits)
     assert torch.equal(model.model(ids, return_dict=False)[1].h, cache.h)
-    assert model(ids, use_cache=False).past_key_values is None
+    assert cache_of(model(ids, use_cache=False)) is None
     assert torch.equal(model.model(ids).last_hidden_state[:, -1], cache.h[-1])
 
 
@@ -134,7 +135,7 @@ def test_compile(cell: str) -> None:
         ours, eager = compiled(ids, labels=ids, **options), model(ids, labels=ids, **options)
         assert torch.equal(ours.logits, eager.logits)
         assert torch.equal(ours.loss, eager.loss)
-        assert torch.equal(ours.past_key_values.h, eager.past_key_values.h)
+        assert torch.equal(cache_of(ours).h, cache_of(eager).h)
 
 
 def test_auto_classes() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlm.models import RNNCache
+from tests.cache import cache_of
 from tests.models.small import CELLS, PAD, check_against_twin, make_model, random_ids, run, twin_of
 from tests.numerics import check, check_all
 
@@ -32,14 +33,12 @@ def test_in_pieces_as_in_one(cell: str, lengths: list[int]) -> None:
     whole, cache = model(ids), None
     pieces = []
     for piece in ids.split(lengths, 1):
-        output = model(piece, past_key_values=cache)
-        cache = output.past_key_values
+        output = model(piece, cache=cache)
+        cache = cache_of(output)
         pieces.append(output.logits)
     assert cache.get_seq_length() == 7
     check("logits", torch.cat(pieces, 1), whole.logits, truth.logits)
-    for got, same, exact in zip(
-        states(cache), states(whole.past_key_values), states(truth.past_key_values), strict=True
-    ):
+    for got, same, exact in zip(states(cache), states(cache_of(whole)), states(cache_of(truth)), strict=True):
         check("state", got, same, exact)
 
 
@@ -47,29 +46,39 @@ def test_in_pieces_as_in_one(cell: str, lengths: list[int]) -> None:
 def test_the_cache_is_updated_in_place_and_its_tensors_are_not(cell: str) -> None:
     model, ids = make_model(cell), random_ids()
     cache = RNNCache()
-    assert model(ids, past_key_values=cache).past_key_values is cache
+    assert cache_of(model(ids, cache=cache)) is cache
     kept = copy.copy(cache)
     before = [state.clone() for state in states(cache)]
-    model(ids, past_key_values=cache, use_cache=False)
+    model(ids, cache=cache, use_cache=False)
     assert cache.h is kept.h
     assert cache.seq_length == 7
-    model(ids, past_key_values=cache)
+    model(ids, cache=cache)
     assert (cache.seq_length, kept.seq_length) == (14, 7)
     assert all(map(torch.equal, states(kept), before))
     assert not torch.equal(cache.h, kept.h)
     cache.reset()
-    assert torch.equal(model(ids, past_key_values=cache).logits, model(ids).logits)
+    assert torch.equal(model(ids, cache=cache).logits, model(ids).logits)
+
+
+def test_either_name_of_the_cache() -> None:
+    """Under any version of transformers."""
+    model, ids = make_model(), random_ids()
+    start = cache_of(model(ids))
+    for part in (model, model.model):
+        got, expected = (part(ids, **{name: copy.copy(start)})[0] for name in ("cache", "past_key_values"))
+        assert torch.equal(got, expected)
+        assert not torch.equal(got, part(ids)[0])
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_truncated_back_propagation(cell: str) -> None:
     model, (first, second) = make_model(cell).train(), random_ids(3, 14).split(7, 1)
-    carried = model(first, labels=first).past_key_values
+    carried = cache_of(model(first, labels=first))
     assert all(state.requires_grad for state in states(carried))
     constant = RNNCache(*(state.detach().clone() for state in states(carried)))
 
     def grads(cache: RNNCache) -> tuple[Tensor, ...]:
-        loss = model(second, labels=second, past_key_values=cache).loss
+        loss = model(second, labels=second, cache=cache).loss
         return torch.autograd.grad(loss, list(model.model.rnn.parameters()), retain_graph=True)
 
     cut, through = grads(carried.detach()), grads(carried)
@@ -80,16 +89,16 @@ def test_truncated_back_propagation(cell: str) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_cache_can_be_saved(cell: str) -> None:
     model, ids, file = make_model(cell), random_ids(), io.BytesIO()
-    cache = model(ids).past_key_values
+    cache = cache_of(model(ids))
     torch.save(cache.detach().state_dict(), file)
     file.seek(0)
     loaded = RNNCache(**torch.load(file, weights_only=True))
     assert loaded.seq_length == 7
-    assert torch.equal(model(ids, past_key_values=loaded).logits, model(ids, past_key_values=cache).logits)
+    assert torch.equal(model(ids, cache=loaded).logits, model(ids, cache=cache).logits)
 
 
 def test_cache_moves_and_reorders() -> None:
-    cache = make_model("lstm")(random_ids()).past_key_values.detach()
+    cache = cache_of(make_model("lstm")(random_ids())).detach()
     h, c = cache.h, cache.c
     assert cache.to(torch.float64).c.dtype == torch.float64
     assert cache.to("meta").h.device.type == "meta"
@@ -114,26 +123,26 @@ def test_padding_matches_torch(cell: str, mask: str) -> None:
 def test_padded_rows_are_as_alone(cell: str, mask: str, cached: bool) -> None:
     model, real = make_model(cell), MASKS[mask].bool()
     ids = random_ids().masked_fill(~real, PAD)
-    start = model(random_ids(3, 4)).past_key_values if cached else RNNCache()
+    start = cache_of(model(random_ids(3, 4))) if cached else RNNCache()
     truth = copy.deepcopy(model).double()
 
     def alone(model: torch.nn.Module, row: int) -> tuple[Tensor, ...]:
         rows = (None if state is None else state[:, row : row + 1].to(model.dtype) for state in (start.h, start.c))
-        output = model(ids[row : row + 1, real[row]], past_key_values=RNNCache(*rows))
-        return output.logits[0], *(state[:, 0] for state in states(output.past_key_values))
+        output = model(ids[row : row + 1, real[row]], cache=RNNCache(*rows))
+        return output.logits[0], *(state[:, 0] for state in states(cache_of(output)))
 
-    output = model(ids, attention_mask=MASKS[mask], past_key_values=copy.copy(start))
+    output = model(ids, attention_mask=MASKS[mask], cache=copy.copy(start))
     for row in range(3):
-        got = output.logits[row, real[row]], *(state[:, row] for state in states(output.past_key_values))
+        got = output.logits[row, real[row]], *(state[:, row] for state in states(cache_of(output)))
         for values in zip(got, alone(twin_of(model), row), alone(truth, row), strict=True):
             check(f"row {row}", *values)
 
 
 def test_mask_of_the_whole_text_after_cached_steps() -> None:
     model, ids = make_model(), random_ids()
-    past = model(ids[:, :4], attention_mask=LEFT[:, :4]).past_key_values
-    short = model(ids[:, 4:], attention_mask=LEFT[:, 4:], past_key_values=copy.copy(past))
-    long = model(ids[:, 4:], attention_mask=LEFT, past_key_values=past)
+    past = cache_of(model(ids[:, :4], attention_mask=LEFT[:, :4]))
+    short = model(ids[:, 4:], attention_mask=LEFT[:, 4:], cache=copy.copy(past))
+    long = model(ids[:, 4:], attention_mask=LEFT, cache=past)
     assert torch.equal(short.logits, long.logits)
     assert torch.equal(long.logits[1], model(ids, attention_mask=LEFT).logits[1, 4:])
 
@@ -150,8 +159,8 @@ def test_padding_takes_no_part_in_gradients() -> None:
 def test_a_row_of_padding_keeps_its_state() -> None:
     model, ids, mask = make_model("lstm"), random_ids(), LEFT.clone()
     mask[1] = 0
-    start = model(ids).past_key_values
-    end = model(ids, attention_mask=mask, past_key_values=copy.copy(start)).past_key_values
+    start = cache_of(model(ids))
+    end = cache_of(model(ids, attention_mask=mask, cache=copy.copy(start)))
     assert all(torch.equal(a[:, 1], b[:, 1]) for a, b in zip(states(start), states(end), strict=True))
 
 
@@ -166,16 +175,19 @@ def test_errors() -> None:
     model, ids = make_model(), random_ids()
     with pytest.raises(ValueError, match=r"attention_mask: expected shape \(3, 7\), got \(3, 6\)"):
         model(ids, attention_mask=LEFT[:, 1:])
-    past = model(ids).past_key_values
+    past = cache_of(model(ids))
     with pytest.raises(ValueError, match=r"attention_mask: expected shape \(3, 7 or 14\), got \(3, 1, 7, 7\)"):
-        model(ids, attention_mask=torch.ones(3, 1, 7, 7), past_key_values=past)
-    with pytest.raises(TypeError, match="past_key_values: expected an RNNCache, got tuple"):
-        model(ids, past_key_values=(past.h,))
-    with pytest.raises(ValueError, match="past_key_values: expected GRU states, got h and c"):
-        model(ids, past_key_values=make_model("lstm")(ids).past_key_values)
-    with pytest.raises(ValueError, match="past_key_values: expected LSTM states, got h alone"):
-        make_model("lstm")(ids, past_key_values=past)
+        model(ids, attention_mask=torch.ones(3, 1, 7, 7), cache=past)
+    for name in ("cache", "past_key_values"):
+        with pytest.raises(TypeError, match=f"^{name}: expected an RNNCache, got tuple"):
+            model(ids, **{name: (past.h,)})
+    with pytest.raises(ValueError, match=r"^cache: expected at most one of cache and past_key_values, .*, got both"):
+        model(ids, cache=past, past_key_values=past)
+    with pytest.raises(ValueError, match=r"^cache: expected GRU states, got h and c"):
+        model(ids, cache=cache_of(make_model("lstm")(ids)))
+    with pytest.raises(ValueError, match=r"^cache: expected LSTM states, got h alone"):
+        make_model("lstm")(ids, cache=past)
     with pytest.raises(RuntimeError, match="Expected hidden size"):
-        model(ids[:2], past_key_values=past)
+        model(ids[:2], cache=past)
     with pytest.raises(ValueError, match="h: expected a Tensor where c is given"):
         RNNCache(c=past.h)

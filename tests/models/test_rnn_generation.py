@@ -10,6 +10,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TextStrea
 from fastlm.models import RNNCache
 from fastlm.models._sampling import Sampling
 from fastlm.models.rnn.generation import Engine
+from tests.cache import CACHE, cache_of
 from tests.models.small import CELLS, KINDS, PAD, VOCABULARY, make_model, random_ids, twin_of
 from tests.numerics import check, each_isa
 
@@ -63,21 +64,19 @@ def test_each_token_costs_one_step(cell: str) -> None:
 def test_generate_goes_on_from_a_cache(cell: str) -> None:
     model, ids, cache = make_model(cell), random_ids(), RNNCache()
     whole = model.generate(ids, max_new_tokens=9)
-    first = model.generate(ids, max_new_tokens=4, past_key_values=cache)
+    first = model.generate(ids, max_new_tokens=4, **{CACHE: cache})
     assert cache.seq_length == 10  # the last token is not in the state yet
-    assert torch.equal(model.generate(first, max_new_tokens=5, past_key_values=cache), whole)
-    prompt = model(ids[:1]).past_key_values
+    assert torch.equal(model.generate(first, max_new_tokens=5, **{CACHE: cache}), whole)
+    prompt = cache_of(model(ids[:1]))
     prompt.batch_repeat_interleave(3)
-    again = model.generate(
-        whole[:1, :10], max_new_tokens=4, past_key_values=prompt, do_sample=True, num_return_sequences=3
-    )
+    again = model.generate(whole[:1, :10], max_new_tokens=4, do_sample=True, num_return_sequences=3, **{CACHE: prompt})
     assert again.shape == (3, 14)
 
 
 def test_prefill_in_chunks_and_assistants() -> None:
     model, ids = make_model(), random_ids()
     whole = model.generate(ids, max_new_tokens=5)
-    assert torch.equal(model.generate(ids, max_new_tokens=5, past_key_values=RNNCache(), prefill_chunk_size=3), whole)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, prefill_chunk_size=3, **{CACHE: RNNCache()}), whole)
     with pytest.raises(ValueError, match="not supported with stateful models"):
         model.generate(ids[:1], assistant_model=make_model(), max_new_tokens=5)
 

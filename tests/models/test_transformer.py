@@ -12,6 +12,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 import fastlm
 from fastlm.models import TransformerConfig, TransformerForCausalLM, TransformerModel
+from tests.cache import cache_of
 from tests.models.small import PAD, VOCABULARY, random_ids
 from tests.models.small_transformer import CONTEXT, check_against_gpt2, gpt2_of, make_transformer
 from tests.numerics import check, kernels_only
@@ -65,8 +66,8 @@ def test_padded_rows_are_as_alone(mask: str, cached: int) -> None:
     ids = random_ids().masked_fill(~real, PAD)
     cache = DynamicCache()
     if cached:
-        model(ids[:, :cached], attention_mask=real[:, :cached], past_key_values=cache)
-    output = model(ids[:, cached:], attention_mask=real, past_key_values=cache)
+        model(ids[:, :cached], attention_mask=real[:, :cached], cache=cache)
+    output = model(ids[:, cached:], attention_mask=real, cache=cache)
     for row in range(3):
         got = output.logits[row, real[row, cached:]]
         alone = [twin(ids[row : row + 1, real[row]]).logits[0] for twin in (model, copy.deepcopy(model).double())]
@@ -95,11 +96,22 @@ def test_masks_of_four_dimensions() -> None:
 def test_in_pieces_as_in_one(lengths: list[int]) -> None:
     model, ids, cache, pieces = make_transformer(), random_ids(), None, []
     for piece in ids.split(lengths, 1):
-        output = model(piece, past_key_values=cache)
-        cache = output.past_key_values
+        output = model(piece, cache=cache)
+        cache = cache_of(output)
         pieces.append(output.logits)
     assert cache.get_seq_length() == 7
     check("logits", torch.cat(pieces, 1), model(ids).logits, copy.deepcopy(model).double()(ids).logits)
+
+
+@torch.no_grad()
+def test_either_name_of_the_cache() -> None:
+    """Under any version of transformers."""
+    model, ids = make_transformer(), random_ids()
+    start = cache_of(model(ids[:, :4]))
+    for part in (model, model.model):
+        got, expected = (part(ids[:, 4:], **{name: copy.deepcopy(start)})[0] for name in ("cache", "past_key_values"))
+        assert torch.equal(got, expected)
+        assert not torch.equal(got, part(ids[:, 4:])[0])
 
 
 @pytest.mark.parametrize("options", [{}, {"num_items_in_batch": 5}, {"num_items_in_batch": torch.tensor(7)}], ids=str)
@@ -123,9 +135,9 @@ def test_logits_are_left_out_in_training() -> None:
     model.train()
     output = model(ids, labels=ids)
     assert output.logits is None
-    assert output.past_key_values is None
+    assert cache_of(output) is None
     assert torch.equal(output.loss, loss)
-    assert model(ids, labels=ids, skip_logits=False, use_cache=True).past_key_values.get_seq_length() == 7
+    assert cache_of(model(ids, labels=ids, skip_logits=False, use_cache=True)).get_seq_length() == 7
     assert model(ids).logits.shape == (3, 7, VOCABULARY)
 
 
@@ -179,7 +191,7 @@ def test_inputs_embeds_and_tuples() -> None:
     found, cache = model(ids, return_dict=False)
     assert torch.equal(found, logits)
     assert model.model(ids, return_dict=False)[1].get_seq_length() == cache.get_seq_length() == 7
-    assert model(ids, use_cache=False).past_key_values is None
+    assert cache_of(model(ids, use_cache=False)) is None
 
 
 def test_bfloat16() -> None:
@@ -200,7 +212,7 @@ def test_compile() -> None:
         ours, eager = compiled(ids, labels=ids, **options), model(ids, labels=ids, **options)
         assert torch.equal(ours.logits, eager.logits)
         assert torch.equal(ours.loss, eager.loss)
-        assert ours.past_key_values.get_seq_length() == 7
+        assert cache_of(ours).get_seq_length() == 7
 
 
 def test_auto_classes() -> None:
@@ -250,13 +262,16 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match=r"attention_mask: expected shape \(3, 7\), got \(3, 6\)"):
         model(ids, attention_mask=LEFT[:, 1:])
     too_long = r"input_ids: expected at most 24 tokens \(max_position_embeddings\), got 25"
-    with pytest.raises(TypeError, match="past_key_values: expected a Cache of transformers, got tuple"):
-        model(ids, past_key_values=())
+    for name in ("cache", "past_key_values"):
+        with pytest.raises(TypeError, match=f"^{name}: expected a Cache of transformers, got tuple"):
+            model(ids, **{name: ()})
+    with pytest.raises(ValueError, match=r"^cache: expected at most one of cache and past_key_values, .*, got both"):
+        model(ids, cache=DynamicCache(), past_key_values=DynamicCache())
     with pytest.raises(ValueError, match=too_long):
         model(random_ids(2, CONTEXT + 1))
-    full = model(random_ids(1, CONTEXT)).past_key_values
+    full = cache_of(model(random_ids(1, CONTEXT)))
     with pytest.raises(ValueError, match=too_long):
-        model(ids[:1, :1], past_key_values=full)
+        model(ids[:1, :1], cache=full)
     with pytest.raises(ValueError, match=r"position_ids: expected 0 to 23 .*, got 1 to 24"):
         model(ids[:1, :2], position_ids=torch.tensor([[24, 1]]))
     with pytest.raises(ValueError, match=r"does not support (activation|gradient) checkpointing"):

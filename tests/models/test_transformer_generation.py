@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from tests.cache import CACHE
 from tests.models.small import PAD, VOCABULARY, random_ids
 from tests.models.small_transformer import CONTEXT, gpt2_of, make_transformer
 
@@ -58,8 +59,8 @@ def test_each_token_costs_one_step() -> None:
 def test_generate_goes_on_from_a_cache_and_in_chunks() -> None:
     model, ids, cache = make_transformer(), random_ids(), DynamicCache()
     whole = model.generate(ids, max_new_tokens=9)
-    first = model.generate(ids, max_new_tokens=4, past_key_values=cache)
-    assert torch.equal(model.generate(first, max_new_tokens=5, past_key_values=cache), whole)
+    first = model.generate(ids, max_new_tokens=4, **{CACHE: cache})
+    assert torch.equal(model.generate(first, max_new_tokens=5, **{CACHE: cache}), whole)
     assert torch.equal(model.generate(ids, max_new_tokens=9, prefill_chunk_size=3), whole)
     assert torch.equal(model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=9), whole[:, 7:])
 

@@ -73,4 +73,5 @@ def test_trainer(tmp_path: Path) -> None:
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before / 4
+    model.config.use_cache = True  # which the Trainer turned off
     assert trainer.predict(rows).predictions.shape == (16, 6, VOCABULARY)

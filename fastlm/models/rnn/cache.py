@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class RNNCache:
-    """The `past_key_values` of a recurrent model: one state of constant size, not one entry per token.
+    """The cache of a recurrent model: one state of constant size, not one entry per token.
 
     As any cache of transformers it is updated in place by each forward that gets it with use_cache, and returned. The
     tensors in it are never written to: another cache of the same tensors (`copy.copy`, `detach`) keeps its state.
@@ -20,11 +20,13 @@ class RNNCache:
     Attributes:
         h, c, seq_length: as above; may be set.
 
-    Truncated back-propagation through time: pass `output.past_key_values.detach()` on to the next batch. To save and
-    load: `torch.save(cache.state_dict(), path)`, `RNNCache(**torch.load(path))`.
+    Truncated back-propagation through time: pass `output.cache.detach()` (`past_key_values` before transformers 5.24)
+    on to the next batch. To save and load: `torch.save(cache.state_dict(), path)`, `RNNCache(**torch.load(path))`.
     """
 
-    is_compileable = False  # read by transformers' generate()
+    # Read by transformers' generate(), which cuts off the tokens that a cache has seen unless it is all linear.
+    is_compileable = False
+    is_linear = (False,)
 
     def __init__(self, h: Tensor | None = None, c: Tensor | None = None, seq_length: int = 0) -> None:
         if h is None and c is not None:

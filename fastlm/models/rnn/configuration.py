@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from fastlm.models._cache import CACHE_NAMES
 from fastlm.models._configuration import check_dropout, check_sizes, check_tokens
 
 CELLS = ("gru", "lstm")
@@ -31,7 +32,7 @@ class RNNConfig(PreTrainedConfig):
 
     model_type = "fastlm_rnn"
     attribute_map = {"num_hidden_layers": "num_layers"}  # noqa: RUF012
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = CACHE_NAMES
 
     vocab_size: int = 10000
     embedding_size: int = 128

@@ -8,6 +8,7 @@ from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from fastlm.models._cache import given_cache
 from fastlm.models._causal import CausalLM, warn_of_missing
 from fastlm.models.rnn.cache import RNNCache
 from fastlm.models.rnn.configuration import RNNConfig
@@ -61,31 +62,34 @@ class RNNModel(RNNPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: RNNCache | None = None,
+        cache: RNNCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
+        past_key_values: RNNCache | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Runs the stack from the state in past_key_values, or from zeros.
+        """Runs the stack from the state in cache, or from zeros.
 
         Args:
             input_ids (Tensor, optional): (B, T), integers; or inputs_embeds.
             attention_mask (Tensor, optional): (B, T), or (B, S + T) after S cached steps, of which the last T count.
                 Where it is 0 the state passes by unchanged and the output is 0. Default: None, all ones.
-            past_key_values (RNNCache, optional): state to start in; updated in place unless use_cache is False.
+            cache (RNNCache, optional): state to start in; updated in place unless use_cache is False.
             inputs_embeds (Tensor, optional): (B, T, E).
             use_cache (bool, optional): return the last state. Default: None, the configuration's.
             return_dict (bool, optional): False gives a tuple. Default: None, the configuration's.
+            past_key_values (RNNCache, optional): another name of cache.
             **kwargs: what transformers passes to other models; plays no part. It is told where that changes the result.
 
         Returns:
-            BaseModelOutputWithPast: last_hidden_state (B, T, H) of the last layer, past_key_values (None without
-                use_cache).
+            BaseModelOutputWithPast: last_hidden_state (B, T, H) of the last layer, cache (None without use_cache;
+                past_key_values before transformers 5.24).
 
         Raises:
-            ValueError: not exactly one of input_ids and inputs_embeds, a mask of another shape, the other cell's state.
-            TypeError: past_key_values is no RNNCache.
+            ValueError: not exactly one of input_ids and inputs_embeds, a cache under both names, a mask of another
+                shape, the other cell's state.
+            TypeError: cache is no RNNCache.
             RuntimeError: a state of another shape.
         """
         warn_of_missing(kwargs)
@@ -95,8 +99,9 @@ class RNNModel(RNNPreTrainedModel):
             # Laid out by time, as the kernels want it: batch_first then copies nothing.
             inputs_embeds = self.embed_tokens(input_ids.t()).transpose(0, 1)  # type: ignore[union-attr]
         batch, steps, _ = inputs_embeds.shape
-        cache = RNNCache() if past_key_values is None else past_key_values
-        self._check_cache(cache)
+        name, cache = given_cache(cache, past_key_values)
+        cache = RNNCache() if cache is None else cache
+        self._check_cache(name, cache)
         padding = _find_padding(attention_mask, batch, steps, cache.seq_length)
         output, hx = self._run_layers(self.dropout(inputs_embeds), cache.hx, padding)
         keep = self.config.use_cache if use_cache is None else use_cache
@@ -104,7 +109,7 @@ class RNNModel(RNNPreTrainedModel):
             cache.update(hx, steps)
         if not (self.config.return_dict if return_dict is None else return_dict):
             return (output, cache) if keep else (output,)
-        return BaseModelOutputWithPast(last_hidden_state=output, past_key_values=cache if keep else None)
+        return BaseModelOutputWithPast(output, cache if keep else None)
 
     def _run_layers(self, x: Tensor, hx: Any, padding: "_Padding | None") -> tuple[Tensor, Any]:
         if padding is None:
@@ -122,12 +127,12 @@ class RNNModel(RNNPreTrainedModel):
             output = output.take_along_dim(order.argsort(1)[..., None], 1)
         return output, hx
 
-    def _check_cache(self, cache: object) -> None:
+    def _check_cache(self, name: str, cache: object) -> None:
         if not isinstance(cache, RNNCache):
-            raise TypeError(f"past_key_values: expected an RNNCache, got {type(cache).__name__}")
+            raise TypeError(f"{name}: expected an RNNCache, got {type(cache).__name__}")
         if cache.h is not None and (cache.c is None) != (self.rnn.mode == "GRU"):
             got = "h alone" if cache.c is None else "h and c"
-            raise ValueError(f"past_key_values: expected {self.rnn.mode} states, got {got}")
+            raise ValueError(f"{name}: expected {self.rnn.mode} states, got {got}")
 
 
 class _Padding(NamedTuple):
@@ -177,12 +182,13 @@ class RNNForCausalLM(CausalLM, RNNPreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: RNNCache | None = None,
+        cache: RNNCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
+        past_key_values: RNNCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Scores of the next token after each step, and their loss.
@@ -190,7 +196,7 @@ class RNNForCausalLM(CausalLM, RNNPreTrainedModel, GenerationMixin):
         Args:
             input_ids (Tensor, optional): (B, T); or inputs_embeds.
             attention_mask (Tensor, optional): (B, T) or (B, S + T), as of `RNNModel`. Default: None, all ones.
-            past_key_values (RNNCache, optional): state to start in. Default: None, zeros.
+            cache (RNNCache, optional): state to start in. Default: None, zeros.
             inputs_embeds (Tensor, optional): (B, T, E).
             labels (Tensor, optional): (B, T); the target of step t is labels[:, t + 1]. -100 is no target.
             use_cache (bool, optional): return the last state. Default: None, the configuration's.
@@ -198,23 +204,24 @@ class RNNForCausalLM(CausalLM, RNNPreTrainedModel, GenerationMixin):
                 The loss takes all steps in any case. Default: 0.
             skip_logits (bool, optional): compute the loss alone, which never holds all logits. Default: None, in
                 training with labels.
+            past_key_values (RNNCache, optional): another name of cache.
             **kwargs: shift_labels (Tensor), (B, T): the target of step t is shift_labels[:, t]; it goes before labels.
                 num_items_in_batch (int or Tensor) divides the sum of losses in place of the number of targets.
                 label_smoothing (default 0) and ignore_index (-100) are those of `ops.linear_cross_entropy`.
 
         Returns:
-            CausalLMOutputWithPast: loss (with labels), logits (B, T, V) or None, past_key_values (None without
-                use_cache).
+            CausalLMOutputWithPast: loss (with labels), logits (B, T, V) or None, cache (None without use_cache;
+                past_key_values before transformers 5.24).
 
         Raises:
             ValueError: as `RNNModel`; labels of another shape than (B, T); skip_logits without labels.
         """
         # A tuple, for transformers' outputs cost as much as a step of a small model.
-        output, *cache = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, False)
+        output, *kept = self.model(input_ids, attention_mask, cache, inputs_embeds, use_cache, False, past_key_values)
         # (T, B, *), as the stack laid it out: neither the projection nor the loss then copies.
         hidden = self.projection(self.dropout(output).transpose(0, 1)).transpose(0, 1)
         loss, logits = self._score(hidden, labels, logits_to_keep, skip_logits, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache[0] if cache else None)
+        return CausalLMOutputWithPast(loss, logits, kept[0] if kept else None)
 
     def _make_engine(self) -> Engine:
         return Engine(self)

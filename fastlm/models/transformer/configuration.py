@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from fastlm.models._cache import CACHE_NAMES
 from fastlm.models._configuration import check_dropout, check_sizes, check_tokens
 
 
@@ -31,7 +32,7 @@ class TransformerConfig(PreTrainedConfig):
 
     model_type = "fastlm_transformer"
     attribute_map = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}  # noqa: RUF012
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = CACHE_NAMES
 
     vocab_size: int = 50257
     hidden_size: int = 128

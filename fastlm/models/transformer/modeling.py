@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from fastlm import ops
+from fastlm.models._cache import CACHE_NAMES, given_cache
 from fastlm.models._causal import CausalLM, warn_of_missing
 from fastlm.models.transformer.configuration import TransformerConfig
 from fastlm.models.transformer.generation import Engine
@@ -96,7 +97,7 @@ class TransformerPreTrainedModel(PreTrainedModel):
     config_class = TransformerConfig
     base_model_prefix = "model"
     _no_split_modules = ["TransformerLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = CACHE_NAMES
     _can_compile_fullgraph = True
 
     @torch.no_grad()
@@ -127,13 +128,14 @@ class TransformerModel(TransformerPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Runs the layers, after the tokens in past_key_values where there are any.
+        """Runs the layers, after the tokens in cache where there are any.
 
         Args:
             input_ids (Tensor, optional): (B, T), integers; or inputs_embeds.
@@ -142,21 +144,22 @@ class TransformerModel(TransformerPreTrainedModel):
                 Outputs of padding mean nothing. Default: None, all ones.
             position_ids (Tensor, optional): (B, T) or (1, T). Default: None, the number of tokens before that are no
                 padding (with a mask of 4 dimensions, of all tokens before).
-            past_key_values (Cache, optional): keys and values of S tokens; updated in place.
+            cache (Cache, optional): keys and values of S tokens; updated in place.
             inputs_embeds (Tensor, optional): (B, T, E).
             use_cache (bool, optional): return the keys and values. Default: None, the configuration's, in training
                 False.
             return_dict (bool, optional): False gives a tuple. Default: None, the configuration's.
+            past_key_values (Cache, optional): another name of cache.
             **kwargs: what transformers passes to other models; plays no part. It is told where that changes the result.
 
         Returns:
-            BaseModelOutputWithPast: last_hidden_state (B, T, E) after the last norm, past_key_values (None without
-                use_cache).
+            BaseModelOutputWithPast: last_hidden_state (B, T, E) after the last norm, cache (None without use_cache;
+                past_key_values before transformers 5.24).
 
         Raises:
-            ValueError: not exactly one of input_ids and inputs_embeds, a mask of another shape, a position beyond
-                max_position_embeddings.
-            TypeError: past_key_values is no Cache.
+            ValueError: not exactly one of input_ids and inputs_embeds, a cache under both names, a mask of another
+                shape, a position beyond max_position_embeddings.
+            TypeError: cache is no Cache.
         """
         warn_of_missing(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -164,9 +167,9 @@ class TransformerModel(TransformerPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         keep = (self.config.use_cache and not self.training) if use_cache is None else use_cache
-        cache = past_key_values
+        name, cache = given_cache(cache, past_key_values)
         if cache is not None and not isinstance(cache, Cache):
-            raise TypeError(f"past_key_values: expected a Cache of transformers, got {type(cache).__name__}")
+            raise TypeError(f"{name}: expected a Cache of transformers, got {type(cache).__name__}")
         if keep and cache is None:
             cache = DynamicCache(config=self.config)
         seen = 0 if cache is None else cache.get_seq_length()
@@ -181,7 +184,7 @@ class TransformerModel(TransformerPreTrainedModel):
         )
         if not (self.config.return_dict if return_dict is None else return_dict):
             return (output, cache) if keep else (output,)
-        return BaseModelOutputWithPast(last_hidden_state=output, past_key_values=cache if keep else None)
+        return BaseModelOutputWithPast(output, cache if keep else None)
 
     def run_layers(
         self,
@@ -264,12 +267,13 @@ class TransformerForCausalLM(CausalLM, TransformerPreTrainedModel, GenerationMix
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Scores of the next token after each token, and their loss.
@@ -278,7 +282,7 @@ class TransformerForCausalLM(CausalLM, TransformerPreTrainedModel, GenerationMix
             input_ids (Tensor, optional): (B, T); or inputs_embeds.
             attention_mask (Tensor, optional): (B, S + T) or of 4 dimensions, as of `TransformerModel`.
             position_ids (Tensor, optional): (B, T) or (1, T), as of `TransformerModel`.
-            past_key_values (Cache, optional): keys and values of S tokens. Default: None.
+            cache (Cache, optional): keys and values of S tokens. Default: None.
             inputs_embeds (Tensor, optional): (B, T, E).
             labels (Tensor, optional): (B, T); the target of token t is labels[:, t + 1]. -100 is no target.
             use_cache (bool, optional): return the keys and values. Default: None, as of `TransformerModel`.
@@ -286,23 +290,24 @@ class TransformerForCausalLM(CausalLM, TransformerPreTrainedModel, GenerationMix
                 The loss takes all tokens in any case. Default: 0.
             skip_logits (bool, optional): compute the loss alone, which never holds all logits. Default: None, in
                 training with labels.
+            past_key_values (Cache, optional): another name of cache.
             **kwargs: shift_labels (Tensor), (B, T): the target of token t is shift_labels[:, t]; it goes before labels.
                 num_items_in_batch (int or Tensor) divides the sum of losses in place of the number of targets.
                 label_smoothing (default 0) and ignore_index (-100) are those of `ops.linear_cross_entropy`.
 
         Returns:
-            CausalLMOutputWithPast: loss (with labels), logits (B, T, V) or None, past_key_values (None without
-                use_cache).
+            CausalLMOutputWithPast: loss (with labels), logits (B, T, V) or None, cache (None without use_cache;
+                past_key_values before transformers 5.24).
 
         Raises:
             ValueError: as `TransformerModel`; labels of another shape than (B, T); skip_logits without labels.
         """
         # A tuple, for transformers' outputs cost as much as a step of a small model.
-        output, *cache = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, False
+        output, *kept = self.model(
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, False, past_key_values
         )
         loss, logits = self._score(output, labels, logits_to_keep, skip_logits, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache[0] if cache else None)
+        return CausalLMOutputWithPast(loss, logits, kept[0] if kept else None)
 
     def _make_engine(self) -> Engine:
         return Engine(self)
