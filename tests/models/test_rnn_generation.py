@@ -225,3 +225,12 @@ def test_draws_follow_the_distribution() -> None:
 def test_stream_tokens_errors(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_model().stream_tokens(**{"input_ids": [1], "max_new_tokens": 3, "do_sample": True} | options)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_stream_tokens_of_a_quantised_model() -> None:
+    model = torch.ao.quantization.quantize_dynamic(
+        twin_of(make_model()), {torch.nn.Linear, torch.nn.GRU}, dtype=torch.qint8
+    )
+    ids = random_ids(1)
+    assert list(model.stream_tokens(ids, 12)) == model.generate(ids, max_new_tokens=12)[0, 7:].tolist()

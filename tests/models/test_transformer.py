@@ -250,7 +250,6 @@ def test_configuration_errors(options: dict, message: str) -> None:
         TransformerConfig(**options)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 def test_errors() -> None:
     model, ids = make_transformer(), random_ids()
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
@@ -274,11 +273,33 @@ def test_errors() -> None:
         model(ids[:1, :1], cache=full)
     with pytest.raises(ValueError, match=r"position_ids: expected 0 to 23 .*, got 1 to 24"):
         model(ids[:1, :2], position_ids=torch.tensor([[24, 1]]))
-    with pytest.raises(ValueError, match=r"does not support (activation|gradient) checkpointing"):
-        model.gradient_checkpointing_enable()
 
 
 def test_inputs_embeds_of_any_strides() -> None:
     model = make_transformer()
     embeds = torch.randn(7, 2, model.config.hidden_size).transpose(0, 1)
     assert torch.equal(model(inputs_embeds=embeds).logits, model(inputs_embeds=embeds.contiguous()).logits)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    """The same gradients, dropout replayed; a cache would be filled twice."""
+    model, ids = make_transformer(dropout=0.3).train(), random_ids()
+
+    def step() -> list[Tensor]:
+        model.zero_grad()
+        torch.manual_seed(3)
+        model(ids, labels=ids).loss.backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    expected = step()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    calls: list[object] = []
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(None))
+    assert all(map(torch.equal, step(), expected))
+    assert len(calls) == 2
+    for options in ({"use_cache": True}, {"cache": DynamicCache()}):
+        with pytest.raises(ValueError, match="cache: expected none in training with gradient checkpointing"):
+            model(ids, **options)
+    assert cache_of(model.eval()(ids)) is not None

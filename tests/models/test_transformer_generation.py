@@ -158,3 +158,10 @@ def test_stream_tokens_samples_with_a_seed() -> None:
 def test_stream_tokens_errors(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_transformer().stream_tokens(**{"input_ids": [1], "max_new_tokens": 3} | options)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_stream_tokens_of_a_quantised_model() -> None:
+    model = torch.ao.quantization.quantize_dynamic(make_transformer(), {torch.nn.Linear}, dtype=torch.qint8)
+    ids = random_ids(1)
+    assert list(model.stream_tokens(ids, 12)) == model.generate(ids, max_new_tokens=12)[0, 7:].tolist()

@@ -2,9 +2,25 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlm.nn import Stream
+
+
+class _Layers:
+    """Layers that are no torch.nn.RNNBase, such as quantised ones: called as they are, in place of a `Stream`."""
+
+    def __init__(self, layers: Any) -> None:
+        self._layers, self._state = layers, None
+
+    def chunk(self, x: Tensor) -> Tensor:
+        """(1, T, E) -> (1, T, H)."""
+        output, self._state = self._layers(x, self._state)
+        return output
+
+    def step(self, x: Tensor) -> Tensor:
+        """(1, E) -> (1, H)."""
+        return self.chunk(x[None])[0]
 
 
 class Engine:
@@ -12,7 +28,8 @@ class Engine:
 
     def __init__(self, model: Any) -> None:
         self._embeddings = model.model.embed_tokens.weight.unsqueeze(1)  # (V, 1, E)
-        self._stream = Stream(model.model.rnn, 1)
+        layers = model.model.rnn
+        self._stream = Stream(layers, 1) if isinstance(layers, nn.RNNBase) else _Layers(layers)
         self._projection = model.projection
 
     def prefill(self, tokens: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from transformers.utils.generic import can_return_tuple
 
 from fastlm.models._cache import given_cache
 from fastlm.models._causal import CausalLM, warn_of_missing
+from fastlm.models._packing import find_starts
 from fastlm.models.rnn.cache import RNNCache
 from fastlm.models.rnn.configuration import RNNConfig
 from fastlm.models.rnn.generation import Engine
@@ -80,7 +81,9 @@ class RNNModel(RNNPreTrainedModel):
             use_cache (bool, optional): return the last state. Default: None, the configuration's.
             return_dict (bool, optional): False gives a tuple. Default: None, the configuration's.
             past_key_values (RNNCache, optional): another name of cache.
-            **kwargs: what transformers passes to other models; plays no part. It is told where that changes the result.
+            **kwargs: position_ids (Tensor), (B, T) or (1, T): without attention_mask, a text begins, from zeros, where
+                they do not rise by one. What else transformers passes to other models plays no part; it is told where
+                that changes the result.
 
         Returns:
             BaseModelOutputWithPast: last_hidden_state (B, T, H) of the last layer, cache (None without use_cache;
@@ -103,7 +106,8 @@ class RNNModel(RNNPreTrainedModel):
         cache = RNNCache() if cache is None else cache
         self._check_cache(name, cache)
         padding = _find_padding(attention_mask, batch, steps, cache.seq_length)
-        output, hx = self._run_layers(self.dropout(inputs_embeds), cache.hx, padding)
+        starts = find_starts(kwargs.get("position_ids"), batch, steps) if attention_mask is None else None
+        output, hx = self._run_layers(self.dropout(inputs_embeds), cache.hx, padding, starts)
         keep = self.config.use_cache if use_cache is None else use_cache
         if keep:
             cache.update(hx, steps)
@@ -111,7 +115,11 @@ class RNNModel(RNNPreTrainedModel):
             return (output, cache) if keep else (output,)
         return BaseModelOutputWithPast(output, cache if keep else None)
 
-    def _run_layers(self, x: Tensor, hx: Any, padding: "_Padding | None") -> tuple[Tensor, Any]:
+    def _run_layers(self, x: Tensor, hx: Any, padding: "_Padding | None", starts: Tensor | None) -> tuple[Tensor, Any]:
+        if starts is not None:
+            if not isinstance(self.rnn, GRU | LSTM):
+                raise ValueError("position_ids: expected one text in a row after fastlm.restore, got several")
+            return self.rnn(x, hx, reset_mask=starts)
         if padding is None:
             return self.rnn(x, hx)
         order = padding.order
@@ -205,7 +213,8 @@ class RNNForCausalLM(CausalLM, RNNPreTrainedModel, GenerationMixin):
             skip_logits (bool, optional): compute the loss alone, which never holds all logits. Default: None, in
                 training with labels.
             past_key_values (RNNCache, optional): another name of cache.
-            **kwargs: shift_labels (Tensor), (B, T): the target of step t is shift_labels[:, t]; it goes before labels.
+            **kwargs: position_ids as of `RNNModel`.
+                shift_labels (Tensor), (B, T): the target of step t is shift_labels[:, t]; it goes before labels.
                 num_items_in_batch (int or Tensor) divides the sum of losses in place of the number of targets.
                 label_smoothing (default 0) and ignore_index (-100) are those of `ops.linear_cross_entropy`.
 
@@ -217,7 +226,10 @@ class RNNForCausalLM(CausalLM, RNNPreTrainedModel, GenerationMixin):
             ValueError: as `RNNModel`; labels of another shape than (B, T); skip_logits without labels.
         """
         # A tuple, for transformers' outputs cost as much as a step of a small model.
-        output, *kept = self.model(input_ids, attention_mask, cache, inputs_embeds, use_cache, False, past_key_values)
+        positions = kwargs.get("position_ids")
+        output, *kept = self.model(
+            input_ids, attention_mask, cache, inputs_embeds, use_cache, False, past_key_values, position_ids=positions
+        )
         # (T, B, *), as the stack laid it out: neither the projection nor the loss then copies.
         hidden = self.projection(self.dropout(output).transpose(0, 1)).transpose(0, 1)
         loss, logits = self._score(hidden, labels, logits_to_keep, skip_logits, **kwargs)

@@ -34,7 +34,7 @@ class Engine:
         if model.device.type != "cpu":
             raise ValueError(f"stream_tokens: expected a model on the CPU, got one on {model.device}")
         self._context = model.config.max_position_embeddings
-        self._cache = StaticCache(model.config, model.lm_head.weight)
+        self._cache = StaticCache(model.config, self._model.embed_tokens.weight)
         self._tokens: list[int] = []
 
     def prefill(self, tokens: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, initialization
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from fastlm import ops
 from fastlm.models._cache import CACHE_NAMES, given_cache
 from fastlm.models._causal import CausalLM, warn_of_missing
+from fastlm.models._packing import causal_within, find_starts
 from fastlm.models.transformer.configuration import TransformerConfig
 from fastlm.models.transformer.generation import Engine
 
@@ -75,7 +77,7 @@ class TransformerMLP(nn.Module):
         return self.down_proj(ops.gelu(self.up_proj(x)))
 
 
-class TransformerLayer(nn.Module):
+class TransformerLayer(GradientCheckpointingLayer):
     """Attention and MLP, each after a norm and added to what came in."""
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
@@ -99,6 +101,7 @@ class TransformerPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["TransformerLayer"]  # noqa: RUF012
     _skip_keys_device_placement = CACHE_NAMES
     _can_compile_fullgraph = True
+    supports_gradient_checkpointing = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -142,8 +145,9 @@ class TransformerModel(TransformerPreTrainedModel):
             attention_mask (Tensor, optional): (B, S + T) after S cached tokens, 0 for padding; or, with causality in
                 it, of 4 dimensions that broadcast against (B, heads, T, keys): bool, or floating to add to the scores.
                 Outputs of padding mean nothing. Default: None, all ones.
-            position_ids (Tensor, optional): (B, T) or (1, T). Default: None, the number of tokens before that are no
-                padding (with a mask of 4 dimensions, of all tokens before).
+            position_ids (Tensor, optional): (B, T) or (1, T). Without attention_mask and cached tokens, a text begins
+                where they do not rise by one, and sees nothing of those before it. Default: None, the number of tokens
+                before that are no padding (with a mask of 4 dimensions, of all tokens before).
             cache (Cache, optional): keys and values of S tokens; updated in place.
             inputs_embeds (Tensor, optional): (B, T, E).
             use_cache (bool, optional): return the keys and values. Default: None, the configuration's, in training
@@ -158,7 +162,7 @@ class TransformerModel(TransformerPreTrainedModel):
 
         Raises:
             ValueError: not exactly one of input_ids and inputs_embeds, a cache under both names, a mask of another
-                shape, a position beyond max_position_embeddings.
+                shape, a position beyond max_position_embeddings; a cache in training with gradient checkpointing.
             TypeError: cache is no Cache.
         """
         warn_of_missing(kwargs)
@@ -170,7 +174,10 @@ class TransformerModel(TransformerPreTrainedModel):
         name, cache = given_cache(cache, past_key_values)
         if cache is not None and not isinstance(cache, Cache):
             raise TypeError(f"{name}: expected a Cache of transformers, got {type(cache).__name__}")
-        if keep and cache is None:
+        if self.training and self.layers[0].gradient_checkpointing:  # layers that run twice would fill it twice
+            if keep or cache is not None:
+                raise ValueError(f"{name}: expected none in training with gradient checkpointing, nor use_cache=True")
+        elif keep and cache is None:
             cache = DynamicCache(config=self.config)
         seen = 0 if cache is None else cache.get_seq_length()
         if isinstance(seen, Tensor):
@@ -179,6 +186,9 @@ class TransformerModel(TransformerPreTrainedModel):
             attention_mask = _find_padding(attention_mask, inputs_embeds, seen)
             if attention_mask is not None and position_ids is None:
                 position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, seen:]
+        elif attention_mask is None and seen == 0:
+            starts = find_starts(position_ids, *inputs_embeds.shape[:2])
+            attention_mask = None if starts is None else causal_within(starts)
         output = self.run_layers(
             inputs_embeds, attention_mask, position_ids, cache, seen, self.config.dropout if self.training else 0.0
         )
