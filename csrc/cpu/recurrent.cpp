@@ -1,5 +1,9 @@
 #include "cpu/recurrent.h"
 
+#if defined(__linux__)
+#include <unistd.h>
+#endif
+
 #include "core/gates.h"
 #include "cpu/cost.h"
 #include "cpu/isa.h"
@@ -12,11 +16,23 @@ constexpr int64_t kForwardRows = 128;          // rows per input projection: the
                                                // two chunks' sums are kept
 constexpr int64_t kBackwardBytes = 8 << 20;    // slot gradients between weight gradients: they stay in L3
 constexpr int64_t kBackwardRowsAtLeast = 512;  // a full block of k for the weight gradients
-constexpr int64_t kRowsToSplit = 6;            // rows per member from which sharing the batch pays
+constexpr int64_t kRowsToSplit = 6;            // rows per member from which sharing the batch pays, where weights are
+constexpr double kSmallWeights = 256 << 10;    // so small
+constexpr int64_t kManyRowsToSplit = 16;       // rows per member from which it pays where they are larger, but fit
 constexpr int64_t kBackwardRowsInPlace = 48;   // of a single step, that weights are not packed beforehand for
-constexpr double kBytesInL2 = 256 << 10;       // recurrent weights that stay beside the rest
 constexpr double kBytesPerNs = 40;             // weights from L3, one core
 constexpr double kStreamNsPerThread = 5000;    // kNsPerThread where packed weights may still lie in a member's L2
+
+// Recurrent weights that stay in a core's L2 beside the rest.
+double bytes_in_l2() {
+#if defined(__linux__) && defined(_SC_LEVEL2_CACHE_SIZE)
+  // At most what was measured on cores with 2 MiB; larger ones tend to be shared by several cores.
+  static const auto half = std::clamp<double>(sysconf(_SC_LEVEL2_CACHE_SIZE) / 2, kSmallWeights, 1 << 20);
+  return half;
+#else
+  return kSmallWeights;
+#endif
+}
 
 // Rows of some whole steps of the full batch; of steps that shrink, a chunk may take more.
 int64_t chunk_rows(int64_t most, int64_t batch, int64_t steps) {
@@ -38,8 +54,9 @@ RecurrentPlan make_plan(const Params& p, int gates, int64_t rows_in_place, int m
   plan.threads = threads_for(plan.work_ns, kNsPerThread, max_threads);
   // Sharing the units halves the weights that a member streams through its L2 every step; where they fit anyway,
   // sharing the batch saves the barriers.
-  const bool fits = static_cast<double>(gates) * p.hidden * p.hidden * sizeof(T) <= kBytesInL2;
-  plan.split_batch = plan.threads == 1 || (fits && p.batch >= kRowsToSplit * plan.threads);
+  const double state_bytes = static_cast<double>(gates) * p.hidden * p.hidden * sizeof(T);
+  const bool small = state_bytes <= kSmallWeights, fits = small || (steps > 1 && state_bytes <= bytes_in_l2());
+  plan.split_batch = plan.threads == 1 || (fits && p.batch >= (small ? kRowsToSplit : kManyRowsToSplit) * plan.threads);
   plan.direct = rows <= (backward ? 6 : 16) || (steps == 1 && rows <= rows_in_place);
   plan.forward_rows = chunk_rows(plan.split_batch ? kForwardRows : kForwardRows / 2, p.batch, steps);
   const int64_t row_bytes = kSlots * p.hidden * static_cast<int64_t>(sizeof(T));
