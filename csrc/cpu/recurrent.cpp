@@ -65,6 +65,12 @@ RecurrentPlan make_plan(const Params& p, int gates, int64_t rows_in_place, int m
   return plan;
 }
 
+template <class S>
+void run_forward(const RecurrentKernels<S>& kernels, const RecurrentForwardParams<S>& p, int gates, int max_threads,
+                 ParallelFor parallel_for) {
+  kernels.forward(p, RecurrentPlan::make(p, gates, kernels.rows_in_place, max_threads), parallel_for);
+}
+
 }  // namespace
 
 template <class S>
@@ -90,12 +96,6 @@ RecurrentPlan RecurrentPlan::make_stream(const RecurrentForwardParams<S>& p, int
   plan.split_batch = plan.threads == 1;
   plan.forward_rows = chunk_rows(plan.split_batch ? kForwardRows : kForwardRows / 2, p.batch, p.seq_len);
   return plan;
-}
-
-template <class S>
-static void run_forward(const RecurrentKernels<S>& kernels, const RecurrentForwardParams<S>& p, int gates,
-                        int max_threads, ParallelFor parallel_for) {
-  kernels.forward(p, RecurrentPlan::make(p, gates, kernels.rows_in_place, max_threads), parallel_for);
 }
 
 template <class S>

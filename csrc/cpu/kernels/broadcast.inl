@@ -59,11 +59,11 @@ void turn_rows(const RowGroups& groups, const T* a, int64_t stride, int64_t dept
   });
 }
 
-// What a product starts from, of 8 neighbours or one.
+// What columns from n on start from, 8 of them or one; c: where they are to go.
 template <class T>
-const T* start_of(Init init, const T* bias, const T* c) {
+const T* start_of(Init init, const T* bias, int64_t n, const T* c) {
   static constexpr T kNothing[8] = {};
-  return init == Init::kAccumulate ? c : init == Init::kBias ? bias : kNothing;
+  return init == Init::kAccumulate ? c : init == Init::kBias ? bias + n : kNothing;
 }
 
 // C (rows, count) = init + sums (count, width)^T.
@@ -79,14 +79,14 @@ void turn_sums(const T* sums, int64_t width, int64_t rows, int64_t count, T* c, 
         transpose_8x8(sums + n * width + m, width, turned[0], 8);
         for (int64_t i = 0; i < std::min<int64_t>(8, rows - m); ++i) {
           T* to = c + (m + i) * c_stride + n;
-          _mm256_storeu_ps(to, _mm256_add_ps(load_8(turned[i]), load_8(start_of(init, bias + n, to))));
+          _mm256_storeu_ps(to, _mm256_add_ps(load_8(turned[i]), load_8(start_of(init, bias, n, to))));
         }
       }
 #endif
   for (; n < count; ++n)
     for (int64_t m = 0; m < rows; ++m) {
       T* to = c + m * c_stride + n;
-      *to = sums[n * width + m] + *start_of(init, bias + n, to);
+      *to = sums[n * width + m] + *start_of(init, bias, n, to);
     }
 }
 
