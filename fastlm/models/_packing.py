@@ -8,10 +8,13 @@ def find_starts(position_ids: Tensor | None, batch: int, steps: int) -> Tensor |
     """Where a text begins behind another one: bool (B, T), where positions do not rise by one; None if nowhere.
 
     Raises:
+        TypeError: position_ids are no Tensor.
         ValueError: position_ids, (B, T) or (1, T), have another shape.
     """
     if position_ids is None:
         return None
+    if not isinstance(position_ids, Tensor):
+        raise TypeError(f"position_ids: expected a Tensor, got {type(position_ids).__name__}")
     if position_ids.shape not in ((batch, steps), (1, steps)):
         raise ValueError(f"position_ids: expected shape ({batch}, {steps}), got {tuple(position_ids.shape)}")
     starts = torch.nn.functional.pad(position_ids.diff(dim=1) != 1, (1, 0), value=False)

@@ -171,6 +171,10 @@ def attention(
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: "Unpack[AttentionOptions]"
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: "Unpack[AttentionOptions]"
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -332,6 +336,19 @@ def attention_varlen(
     return_lse: Literal[True],
     **options: "Unpack[ScoreOptions]",
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: _Lengths,
+    cu_seqlens_k: _Lengths,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    return_lse: bool,
+    **options: "Unpack[ScoreOptions]",
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention_varlen(
     q: Tensor,
     k: Tensor,

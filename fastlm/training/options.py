@@ -110,8 +110,10 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         for name in ("data", "output"):
-            if getattr(self, name) is not None:
-                setattr(self, name, Path(getattr(self, name)))
+            path = getattr(self, name)
+            if path is not None and not isinstance(path, str | Path):
+                raise TypeError(f"{name}: expected a path, got {type(path).__name__}")
+            setattr(self, name, None if path is None else Path(path))
         for option in dataclasses.fields(self):
             value, low, high = getattr(self, option.name), option.metadata["min"], option.metadata["max"]
             if value is not None and ((low is not None and not value >= low) or (high is not None and value > high)):

@@ -65,6 +65,8 @@ def test_compiled(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_errors(kind: str) -> None:
+    with pytest.raises(TypeError, match="position_ids: expected a Tensor, got list"):
+        MODELS[kind]()(random_ids(1, 2), position_ids=[[0, 1]])
     with pytest.raises(ValueError, match=r"position_ids: expected shape \(3, 9\), got \(3, 8\)"):
         MODELS[kind]()(random_ids(3, 9), position_ids=torch.arange(8).expand(3, 8))
     if kind != "transformer":

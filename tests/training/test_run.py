@@ -336,6 +336,8 @@ def test_a_schedule_may_end_where_it_began(text_file, tmp_path):
 
 
 def test_paths_may_be_strings(text_file, tmp_path):
+    with pytest.raises(TypeError, match="data: expected a path, got int"):
+        TrainingOptions(data=5)
     train(options_for(str(text_file), str(tmp_path / "out"), steps=4))
     assert TrainingOptions.load(str(tmp_path / "out")).output == tmp_path / "out"
     loaded = Checkpoint.load(str(tmp_path / "out"))
