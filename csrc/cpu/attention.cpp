@@ -8,14 +8,16 @@
 namespace fastlm::cpu {
 namespace {
 
-constexpr int64_t kDecodeRows = 12;        // query heads times queries up to which keys are not packed
-constexpr int64_t kDecodeKeys = 512;       // per item, about
-constexpr int64_t kForwardValues = 16384;  // of queries in one item: they, their sums and a chunk of keys share L2
-constexpr int64_t kItemsWanted = 16;       // so many items keep a few threads busy to the end
-constexpr int64_t kPartsWanted = 8;        // the same for backward, where parts of one head cost memory
-constexpr int64_t kRowsAtLeast = 96;       // per item, so that packing keys does not show
-constexpr int64_t kKeysAtLeast = 512;      // per item of backward, likewise
-constexpr double kBytesPerNs = 20;         // of one core, cautiously
+constexpr int64_t kDecodeRows = 12;    // query heads times queries up to which keys are not packed
+constexpr int64_t kDecodeKeys = 512;   // per item, about
+constexpr int64_t kItemsWanted = 16;   // so many items keep a few threads busy to the end
+constexpr int64_t kPartsWanted = 8;    // the same for backward, where parts of one head cost memory
+constexpr int64_t kRowsAtLeast = 96;   // per item, so that packing keys does not show
+constexpr int64_t kKeysAtLeast = 512;  // per item of backward, likewise
+constexpr double kBytesPerNs = 20;     // of one core, cautiously
+
+// Of queries in one item: they, their sums and a chunk of keys share L2. At most what was measured with 2 MiB of it.
+int64_t forward_values() { return std::clamp<int64_t>(l2_bytes() / 64, 16384, 32768); }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -70,7 +72,7 @@ AttentionPlan AttentionPlan::make(const AttentionForwardParams<S>& p, int max_th
   plan.decode = group * p.q_len <= kDecodeRows;
   int64_t total = 0;
   for (int64_t b = 0; b < p.batch; ++b) total += attention_sequence(p, b).q_len;
-  const int64_t fits = kForwardValues / std::max<int64_t>(1, std::max(p.dim, p.v_dim));
+  const int64_t fits = forward_values() / std::max<int64_t>(1, std::max(p.dim, p.v_dim));
   const int64_t even = ceil_div(total * p.q_heads, kItemsWanted);
   const int64_t rows = std::clamp(even, kRowsAtLeast, std::max(fits, kRowsAtLeast));
   const int64_t queries = ceil_div(rows, std::max<int64_t>(group, 1));

@@ -1,9 +1,5 @@
 #include "cpu/recurrent.h"
 
-#if defined(__linux__)
-#include <unistd.h>
-#endif
-
 #include "core/gates.h"
 #include "cpu/cost.h"
 #include "cpu/isa.h"
@@ -23,16 +19,8 @@ constexpr int64_t kBackwardRowsInPlace = 48;   // of a single step, that weights
 constexpr double kBytesPerNs = 40;             // weights from L3, one core
 constexpr double kStreamNsPerThread = 5000;    // kNsPerThread where packed weights may still lie in a member's L2
 
-// Recurrent weights that stay in a core's L2 beside the rest.
-double bytes_in_l2() {
-#if defined(__linux__) && defined(_SC_LEVEL2_CACHE_SIZE)
-  // At most what was measured on cores with 2 MiB; larger ones tend to be shared by several cores.
-  static const auto half = std::clamp<double>(sysconf(_SC_LEVEL2_CACHE_SIZE) / 2, kSmallWeights, 1 << 20);
-  return half;
-#else
-  return kSmallWeights;
-#endif
-}
+// Recurrent weights that stay in a core's L2 beside the rest; at most what was measured on cores with 2 MiB.
+double bytes_in_l2() { return std::clamp<double>(l2_bytes() / 2, kSmallWeights, 1 << 20); }
 
 // Rows of some whole steps of the full batch; of steps that shrink, a chunk may take more.
 int64_t chunk_rows(int64_t most, int64_t batch, int64_t steps) {

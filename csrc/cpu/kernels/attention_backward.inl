@@ -302,10 +302,7 @@ class AttentionBackward {
       kept.store(weights + i);
       (weight * (grad - W::broadcast(delta))).store(grads + i);
     });
-    for (T* row : {weights, grads}) {
-      std::fill(row + from, row + own.begin, T(0));
-      std::fill(row + own.end, row + to, T(0));
-    }
+    for (T* row : {weights, grads}) fill_outside(row, from, to, own, T(0));
     if (p_.grad_bias.data) add_to_bias(query, first, own, grads);
     if (p_.softcap != 0)
       for (int64_t i = own.begin; i < own.end; ++i) {

@@ -29,6 +29,19 @@ FASTLM_INLINE void for_vectors(int64_t begin, int64_t end, const Body& body) {
   for (; i < end; i += V::kLanes) body(V{}, i);
 }
 
+// row[i] becomes `value` for those i in [begin, end), whole vectors, that are not in `own`. Vectors are written whole:
+// a load waits long for one that was written in parts.
+template <class T>
+void fill_outside(T* row, int64_t begin, int64_t end, Keys own, T value) {
+  using V = Vec<T>;
+  const auto fill = [&](int64_t i) FASTLM_LAMBDA_INLINE {
+    replace_outside(V::load(row + i), own.begin - i, own.end - i, value).store(row + i);
+  };
+  int64_t i = begin;
+  for (; i < std::min(own.begin, end); i += V::kLanes) fill(i);
+  for (i = std::max(i, lanes_down<T>(own.end)); i < end; i += V::kLanes) fill(i);
+}
+
 // The queries of one head of one sequence.
 template <class S>
 class HeadScores {
@@ -177,15 +190,20 @@ struct Softmax {
   T add(T* s, int64_t begin, int64_t end, Keys own, T factor) {
     using V = Vec<T>;
     constexpr T kOut = -std::numeric_limits<T>::infinity();
-    own = {std::max(own.begin, begin), std::max(own.end, begin)};
-    std::fill(s + begin, s + std::min(own.begin, end), kOut);
-    std::fill(s + std::min(std::max(own.end, own.begin), end), s + end, kOut);
-    const T here = top(s, begin, end), before = max;
+    if (own.empty()) {
+      std::fill(s + begin, s + end, T(0));
+      return T(1);
+    }
+    const int64_t from = lanes_down<T>(own.begin), to = lanes_up<T>(own.end);
+    std::fill(s + begin, s + from, T(0));
+    std::fill(s + to, s + end, T(0));
+    fill_outside(s, from, to, own, kOut);
+    const T here = top(s, from, to), before = max;
     if (!(here <= max)) max = here;  // NaN too
     const T highest = max == kOut ? T(0) : max;
     const bool small = is_small(highest, factor);
     V sums[2] = {V::zero(), V::zero()};
-    for_vectors<T>(begin, end, [&](auto kind, int64_t at) FASTLM_LAMBDA_INLINE {
+    for_vectors<T>(from, to, [&](auto kind, int64_t at) FASTLM_LAMBDA_INLINE {
       using W = decltype(kind);
       const W e = exponential<W>(s + at, factor, highest, small);
       e.store(s + at);

@@ -99,17 +99,49 @@ FASTLM_INLINE V exp(const V& x) {
   return fma(p, parts.n - capped, p) * power_of_two(capped + V::broadcast(C::kRound));
 }
 
-// 2^x for x <= 0, -inf and NaN: fewer steps than exp, at most 2 ULP. x = n + r with |r| <= 1/2, 2^r = 1 + r P(r).
+// P of 2^r = 1 + r P(r) for |r| <= 1/2, put together.
 template <class V>
-FASTLM_INLINE V exp2_nonpositive(const V& x) {
+FASTLM_INLINE V exp2_fraction(const V& r) {
   using C = Exp2Constants<typename V::Scalar>;
-  const V held = at_least(V::broadcast(C::kLow), x);
-  const V n_and_round = held + V::broadcast(ExpConstants<typename V::Scalar>::kRound);
-  const V r = held - (n_and_round - V::broadcast(ExpConstants<typename V::Scalar>::kRound));
   V p = V::broadcast(C::kPoly[0]);
   for (size_t i = 1; i < sizeof(C::kPoly) / sizeof(C::kPoly[0]); ++i) p = fma(p, r, V::broadcast(C::kPoly[i]));
-  return fma(p, r, V::broadcast(1)) * power_of_two(n_and_round);
+  return fma(p, r, V::broadcast(1));
 }
+
+// 2^x for x <= 0, -inf and NaN: fewer steps than exp, at most 2 ULP; 0 below the normal range. x = n + r.
+template <class V>
+FASTLM_INLINE V exp2_nonpositive(const V& x) {
+  using T = typename V::Scalar;
+  const V held = at_least(V::broadcast(Exp2Constants<T>::kLow), x);
+  const V n_and_round = held + V::broadcast(ExpConstants<T>::kRound);
+  const V r = held - (n_and_round - V::broadcast(ExpConstants<T>::kRound));
+  return exp2_fraction(r) * power_of_two(n_and_round);
+}
+#if FASTLM_FMA_BYTES == 64
+// With instructions for r and for times 2^n. Subnormal numbers would slow the products that follow.
+FASTLM_INLINE Vec<float> fraction(Vec<float> x) { return {_mm512_maskz_reduce_ps(0xffff, x.raw, 0)}; }
+FASTLM_INLINE Vec<float> scaled(Vec<float> p, Vec<float> n) {
+  const auto normal = _mm512_cmp_ps_mask(n.raw, _mm512_set1_ps(-126), _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(normal, p.raw, n.raw)};
+}
+template <int N>
+FASTLM_INLINE Pack<float, N> fraction(const Pack<float, N>& x) {
+  return Pack<float, N>::each([&](int i) FASTLM_LAMBDA_INLINE { return fraction(x.parts[i]); });
+}
+template <int N>
+FASTLM_INLINE Pack<float, N> scaled(const Pack<float, N>& p, const Pack<float, N>& n) {
+  return Pack<float, N>::each([&](int i) FASTLM_LAMBDA_INLINE { return scaled(p.parts[i], n.parts[i]); });
+}
+FASTLM_INLINE Vec<float> exp2_nonpositive(Vec<float> x) {
+  const auto r = fraction(x);
+  return scaled(exp2_fraction(r), x - r);
+}
+template <int N>
+FASTLM_INLINE Pack<float, N> exp2_nonpositive(const Pack<float, N>& x) {
+  const auto r = fraction(x);
+  return scaled(exp2_fraction(r), x - r);
+}
+#endif
 
 template <class V>
 FASTLM_INLINE V sigmoid(const V& x) {

@@ -291,6 +291,15 @@ FASTLM_INLINE V clamp(const V& x, typename V::Scalar low, typename V::Scalar hig
   return at_most(V::broadcast(high), at_least(V::broadcast(low), x));
 }
 
+// x in lanes [begin, end), `other` in the rest; either number may lie outside of the lanes.
+template <class T>
+FASTLM_INLINE Vec<T> replace_outside(Vec<T> x, int64_t begin, int64_t end, T other) {
+  using Int = typename Vec<T>::Int;
+  typename Vec<T>::RawInt lane;
+  unrolled<Vec<T>::kLanes>([&](int i) FASTLM_LAMBDA_INLINE { lane[i] = i; });
+  return {(lane >= static_cast<Int>(begin)) & (lane < static_cast<Int>(end)) ? x.raw : Vec<T>::broadcast(other).raw};
+}
+
 template <class T>
 struct Quad {
   typedef T type __attribute__((vector_size(16)));
