@@ -31,6 +31,7 @@ void define_sweep(py::module_& module, const char* name, Field field) {
 template <class T>
 void define_sweeps(py::module_& module) {
   define_sweep<T>(module, "simd_exp", &cpu::MathKernels<T>::exp);
+  define_sweep<T>(module, "simd_exp2_nonpositive", &cpu::MathKernels<T>::exp2_nonpositive);
   define_sweep<T>(module, "simd_sigmoid", &cpu::MathKernels<T>::sigmoid);
   define_sweep<T>(module, "simd_tanh", &cpu::MathKernels<T>::tanh);
 }

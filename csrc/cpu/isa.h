@@ -61,6 +61,7 @@ struct ArgmaxKernels {
 template <class T>
 struct MathKernels {
   void (*exp)(const T* x, T* y, int64_t n);
+  void (*exp2_nonpositive)(const T* x, T* y, int64_t n);
   void (*sigmoid)(const T* x, T* y, int64_t n);
   void (*tanh)(const T* x, T* y, int64_t n);
 };

@@ -1,4 +1,4 @@
-"""exp, tanh and sigmoid of every ISA against extended precision, in units in the last place."""
+"""exp, exp2, tanh and sigmoid of every ISA against extended precision, in units in the last place."""
 
 from collections.abc import Callable
 
@@ -19,8 +19,13 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return np.where(x >= 0, 1, small) / (1 + small)
 
 
-TRUTH = {"exp": np.exp, "tanh": np.tanh, "sigmoid": sigmoid}
-MAX_ULP = {("exp", np.float32): 2, ("tanh", np.float32): 4, ("sigmoid", np.float32): 4}
+TRUTH = {"exp": np.exp, "exp2_nonpositive": np.exp2, "tanh": np.tanh, "sigmoid": sigmoid}
+MAX_ULP = {
+    ("exp", np.float32): 2,
+    ("exp2_nonpositive", np.float32): 2,
+    ("tanh", np.float32): 4,
+    ("sigmoid", np.float32): 4,
+}
 MAX_ULP_FLOAT64 = 8
 
 
@@ -40,9 +45,15 @@ def sweep(dtype: type, name: str) -> np.ndarray:
     info = np.finfo(dtype)
     rng = np.random.default_rng(0)
     low, high = float(np.log(info.tiny)) + 0.01, float(np.log(info.max)) - 0.01
-    ends = {"exp": (low, high), "tanh": (-30.0, 30.0), "sigmoid": (low, 50.0)}[name]
+    ends = {
+        "exp": (low, high),
+        "exp2_nonpositive": (float(np.log2(info.tiny)), 0.0),
+        "tanh": (-30.0, 30.0),
+        "sigmoid": (low, 50.0),
+    }[name]
     tiny = np.exp(rng.uniform(np.log(info.tiny), 0, 200_000)) * rng.choice((-1, 1), 200_000)
-    return np.concatenate((np.linspace(*ends, 400_001), rng.uniform(-3, 3, 200_000), tiny)).astype(dtype)
+    x = np.concatenate((np.linspace(*ends, 400_001), rng.uniform(-3, 3, 200_000), tiny)).astype(dtype)
+    return -np.abs(x) if name == "exp2_nonpositive" else x
 
 
 @pytest.mark.parametrize("name", TRUTH)
@@ -55,7 +66,7 @@ def test_error(isa: str, name: str, dtype: type) -> None:
     assert error[worst] <= limit, f"{name}({x[worst]!r}): {float(error[worst]):.2f} ULP, limit {limit}"
 
 
-@pytest.mark.parametrize("name", TRUTH)
+@pytest.mark.parametrize("name", ["exp", "tanh", "sigmoid"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "fp64"))
 def test_special_values(isa: str, name: str, dtype: type) -> None:
     inf, nan = np.inf, np.nan
@@ -66,6 +77,16 @@ def test_special_values(isa: str, name: str, dtype: type) -> None:
         "sigmoid": [0.5, 0.5, 1, 0, nan, 1, 0, 1, 0],
     }[name]
     np.testing.assert_array_equal(simd(name)(x), np.array(expected, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "fp64"))
+def test_exp2_of_special_values(isa: str, dtype: type) -> None:
+    info = np.finfo(dtype)
+    bottom = float(np.log2(info.tiny))
+    x = np.array([0.0, -0.0, -np.inf, np.nan, -1e30, info.min, bottom, bottom - 1, bottom - 20], dtype)
+    # Below the normal range there is nothing, for subnormal numbers slow the products that take them.
+    expected = np.array([1, 1, 0, np.nan, 0, 0, info.tiny, 0, 0], dtype)
+    np.testing.assert_array_equal(simd("exp2_nonpositive")(x), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "fp64"))

@@ -118,8 +118,15 @@ class AttentionDecode {
     const Keys here{own.begin - keys.begin, own.end - keys.begin};
     const int64_t end = lanes_up<T>(keys.end - keys.begin);
     T* s = scores_ + r * s_stride_;
-    if (!rule.plain() && !here.empty()) rule.transform(query(r), keys.begin, here, s, nullptr);
-    const T factor = softmax_[r].add(s, 0, end, here, rule.factor());
+    if (here.empty()) {
+      std::fill(s, s + end, T(0));
+      return;
+    }
+    std::fill(s, s + lanes_down<T>(here.begin), T(0));
+    std::fill(s + lanes_up<T>(here.end), s + end, T(0));
+    if (!rule.plain()) rule.transform(query(r), keys.begin, here, s, nullptr);
+    const T factor =
+        softmax_[r].add(s, here, rule.factor(), [&](const auto& e, int64_t i) FASTLM_LAMBDA_INLINE { e.store(s + i); });
     T* sums = sums_ + r * v_stride_;
     for (int64_t d = 0; factor != T(1) && d < p_.v_dim; d += V::kLanes)
       (V::load(sums + d) * V::broadcast(factor)).store(sums + d);

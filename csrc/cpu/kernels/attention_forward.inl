@@ -123,24 +123,7 @@ class AttentionForward {
         PanelProduct<E>{buffers_.queries + place * q_stride_, q_stride_, buffers_.key_panels + panel * depth,
                         kPairing<E> * kCols<T>, kCols<T> * depth, s + panel, s_stride_},
         false);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t query = item_.begin + tile.begin + r;
-      T* row = s + r * s_stride_;
-      const Keys own = rule.seen(query).clipped(first + keys.begin, first + keys.end);
-      const Keys here{own.begin - first, own.end - first};
-      if (!rule.plain() && !here.empty()) rule.transform(query, first, here, row, nullptr);
-      const T factor = buffers_.softmax[place + r].add(row, begin, end, here, rule.factor());
-      if (factor != T(1)) scale_row(sums + r * v_stride_, factor);
-      if (dropout_.active()) drop(query, g, first, begin, end, row);
-      if constexpr (kPairs<E>)
-        for (int64_t i = begin; i < end; i += V::kLanes)
-          store_operand(V::load(row + i), buffers_.weights + r * w_stride_ + i);
-    }
-    const E* weights;
-    if constexpr (kPairs<E>)
-      weights = buffers_.weights;
-    else
-      weights = s;
+    const E* weights = weigh(rule, g, tile, first, keys);
     multiply<false>(
         rows, keys.end - begin, p_.v_dim,
         PanelProduct<E>{weights + begin, kPairs<E> ? w_stride_ : s_stride_, buffers_.values + begin * v_stride_,
@@ -148,13 +131,54 @@ class AttentionForward {
         true);
   }
 
-  void scale_row(T* row, T factor) const {
-    for (int64_t i = 0; i < p_.v_dim; i += V::kLanes) (V::load(row + i) * V::broadcast(factor)).store(row + i);
+  // Scores of a tile become weights, zero where nothing is seen, and the sums so far are made to match.
+  const E* weigh(const HeadScores<S>& rule, int64_t g, Team::Range tile, int64_t first, Keys keys) {
+    const int64_t begin = lanes_down<T>(keys.begin), end = lanes_up<T>(keys.end);
+    E* weights;
+    if constexpr (kPairs<E>)
+      weights = buffers_.weights;
+    else
+      weights = buffers_.scores;
+    for (int64_t query = item_.begin + tile.begin; query < item_.begin + tile.end; ++query) {
+      const int64_t r = query - item_.begin - tile.begin, place = g * queries_ + tile.begin + r;
+      T* row = buffers_.scores + r * s_stride_;
+      E* to = weights + r * (kPairs<E> ? w_stride_ : s_stride_);
+      const Keys own = rule.seen(query).clipped(first + keys.begin, first + keys.end);
+      const Keys here{own.begin - first, own.end - first};
+      if (here.empty()) {
+        std::fill(to + begin, to + end, E{});
+        continue;
+      }
+      std::fill(to + begin, to + lanes_down<T>(here.begin), E{});
+      std::fill(to + lanes_up<T>(here.end), to + end, E{});
+      if (!rule.plain()) rule.transform(query, first, here, row, nullptr);
+      const T factor = add(buffers_.softmax[place], row, here, rule.factor(), g, query, first, to);
+      if (factor != T(1)) scale_row(buffers_.sums + place * v_stride_, factor);
+    }
+    return weights;
   }
 
-  void drop(int64_t query, int64_t g, int64_t first, int64_t begin, int64_t end, T* row) {
-    dropout_.factors(lse_place(query, g), first, begin, end, buffers_.factors);
-    for (int64_t i = begin; i < end; i += V::kLanes) (V::load(row + i) * V::load(buffers_.factors + i)).store(row + i);
+  // Weights of the scores of one row, as the products with the values take them.
+  T add(Softmax<T>& softmax, T* row, Keys keys, T factor, int64_t g, int64_t query, int64_t first, E* to) {
+    if (!dropout_.active())
+      return softmax.add(row, keys, factor, [&](const auto& e, int64_t i) FASTLM_LAMBDA_INLINE { keep(e, to + i); });
+    dropout_.factors(lse_place(query, g), first, lanes_down<T>(keys.begin), lanes_up<T>(keys.end), buffers_.factors);
+    return softmax.add(row, keys, factor, [&](const auto& e, int64_t i) FASTLM_LAMBDA_INLINE {
+      keep(e * std::decay_t<decltype(e)>::load(buffers_.factors + i), to + i);
+    });
+  }
+  template <class W>
+  static FASTLM_INLINE void keep(const W& weights, E* to) {
+    if constexpr (!kPairs<E>)
+      weights.store(to);
+    else if constexpr (W::kParts > 1)
+      unrolled<W::kParts>([&](int j) FASTLM_LAMBDA_INLINE { store_operand(weights.parts[j], to + j * V::kLanes); });
+    else
+      store_operand(weights, to);
+  }
+
+  void scale_row(T* row, T factor) const {
+    for (int64_t i = 0; i < p_.v_dim; i += V::kLanes) (V::load(row + i) * V::broadcast(factor)).store(row + i);
   }
 
   int64_t lse_place(int64_t query, int64_t g) const {

@@ -185,18 +185,13 @@ struct Softmax {
 
   static Softmax start() { return {-std::numeric_limits<T>::infinity(), T(0)}; }
 
-  // s[i] becomes 2^(factor (s[i] - max)) for i in `own`, and 0 in the rest of [begin, end), whole vectors that hold
-  // `own`. Returns what the sums so far are to be multiplied with.
-  T add(T* s, int64_t begin, int64_t end, Keys own, T factor) {
+  // Takes in s[i] for i in `own`, which is not empty; write(e, i) gets the whole vectors and packs that hold `own`,
+  // e = 2^(factor (s[i] - max)), 0 outside of it. Returns what the sums so far are to be multiplied with.
+  template <class Write>
+  T add(T* s, Keys own, T factor, const Write& write) {
     using V = Vec<T>;
     constexpr T kOut = -std::numeric_limits<T>::infinity();
-    if (own.empty()) {
-      std::fill(s + begin, s + end, T(0));
-      return T(1);
-    }
     const int64_t from = lanes_down<T>(own.begin), to = lanes_up<T>(own.end);
-    std::fill(s + begin, s + from, T(0));
-    std::fill(s + to, s + end, T(0));
     fill_outside(s, from, to, own, kOut);
     const T here = top(s, from, to), before = max;
     if (!(here <= max)) max = here;  // NaN too
@@ -206,7 +201,7 @@ struct Softmax {
     for_vectors<T>(from, to, [&](auto kind, int64_t at) FASTLM_LAMBDA_INLINE {
       using W = decltype(kind);
       const W e = exponential<W>(s + at, factor, highest, small);
-      e.store(s + at);
+      write(e, at);
       if constexpr (W::kParts > 1)
         unrolled<W::kParts>([&](int j) FASTLM_LAMBDA_INLINE { sums[j % 2] = sums[j % 2] + e.parts[j]; });
       else

@@ -6,16 +6,24 @@
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
-template <class T, Vec<T> (*kFunction)(const Vec<T>&)>
-void map_values(const T* x, T* y, int64_t n) {
+template <class T, class F>
+void map_values(const T* x, T* y, int64_t n, const F& function) {
   for (int64_t i = 0; i < n; i += Vec<T>::kLanes)
-    kFunction(Vec<T>::load_partial(x + i, n - i)).store_partial(y + i, n - i);
+    function(Vec<T>::load_partial(x + i, n - i)).store_partial(y + i, n - i);
 }
 
-extern const MathKernels<float> kMathFloat{map_values<float, exp<Vec<float>>>, map_values<float, sigmoid<Vec<float>>>,
-                                           map_values<float, tanh<Vec<float>>>};
-extern const MathKernels<double> kMathDouble{map_values<double, exp<Vec<double>>>,
-                                             map_values<double, sigmoid<Vec<double>>>,
-                                             map_values<double, tanh<Vec<double>>>};
+template <class T>
+constexpr MathKernels<T> math_kernels() {
+  using V = Vec<T>;
+  return {
+      [](const T* x, T* y, int64_t n) { map_values(x, y, n, [](V v) { return exp(v); }); },
+      [](const T* x, T* y, int64_t n) { map_values(x, y, n, [](V v) { return exp2_nonpositive(v); }); },
+      [](const T* x, T* y, int64_t n) { map_values(x, y, n, [](V v) { return sigmoid(v); }); },
+      [](const T* x, T* y, int64_t n) { map_values(x, y, n, [](V v) { return tanh(v); }); },
+  };
+}
+
+extern const MathKernels<float> kMathFloat = math_kernels<float>();
+extern const MathKernels<double> kMathDouble = math_kernels<double>();
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE
