@@ -25,7 +25,8 @@ class AttentionBackward {
     E *key_panels, *value_panels, *key_rows;  // of a block of keys
     T *weights, *grad_scores, *capped, *factors;
     E *weight_columns, *grad_columns, *grad_rows;  // of a block, as products take them; the same again
-    Keys *tiles, *rows;                            // what tiles and rows of a block see
+    Seen* tiles;                                   // what tiles of a block see
+    Keys* rows;                                    // what its rows do
     T* partial;                                    // of all members: gradients of q by part, where there are several
 
     FASTLM_NOINLINE static Buffers take(Workspace& workspace, const AttentionBackwardParams<S>& p,
@@ -56,7 +57,7 @@ class AttentionBackward {
       } else {
         b.weight_columns = b.weights, b.grad_columns = b.grad_rows = b.grad_scores;
       }
-      b.tiles = workspace.take<Keys>(kBlockQueries);
+      b.tiles = workspace.take<Seen>(kBlockQueries);
       b.rows = workspace.take<Keys>(kBlockQueries);
       b.partial = workspace.take<T>(query_rows * p.dim);
       return b;
@@ -195,9 +196,9 @@ class AttentionBackward {
   bool look(const HeadScores<S>& rule, Team::Range block, int64_t first, int64_t last) {
     bool any = false;
     for (int64_t t = 0; t < tile_count(block); ++t) {
-      const Keys keys = rule.seen(tile(block, t).begin, tile(block, t).end, first, last);
+      const auto [keys, masked] = rule.seen(tile(block, t).begin, tile(block, t).end, first, last);
       any |= !keys.empty();
-      buffers_.tiles[t] = keys.empty() ? Keys{0, 0} : Keys{keys.begin - first, keys.end - first};
+      buffers_.tiles[t] = {keys.empty() ? Keys{0, 0} : keys.less(first), masked};
     }
     return any;
   }
@@ -214,7 +215,7 @@ class AttentionBackward {
   void weigh(const HeadScores<S>& rule, Team::Range block, int64_t first) {
     for (int64_t t = 0; t < tile_count(block); ++t) {
       const auto [begin, end] = tile(block, t);
-      const Keys keys = buffers_.tiles[t];
+      const auto [keys, masked] = buffers_.tiles[t];
       T* weights = buffers_.weights + (begin - block.begin) * s_stride_;
       T* grads = buffers_.grad_scores + (begin - block.begin) * s_stride_;
       const int64_t from = lanes_down<T>(keys.begin), to = lanes_up<T>(keys.end);
@@ -242,9 +243,9 @@ class AttentionBackward {
       for (int64_t r = 0; r < end - begin; ++r) {
         std::fill(weights + r * s_stride_ + panel, weights + r * s_stride_ + from, T(0));
         std::fill(grads + r * s_stride_ + panel, grads + r * s_stride_ + from, T(0));
-        const Keys own = rule.seen(begin + r).clipped(first + keys.begin, first + keys.end);
-        buffers_.rows[begin - block.begin + r] = weigh_row(rule, begin + r, first, {own.begin - first, own.end - first},
-                                                           from, to, weights + r * s_stride_, grads + r * s_stride_);
+        const Keys own = rule.seen(begin + r).less(first).clipped(keys.begin, keys.end);
+        buffers_.rows[begin - block.begin + r] =
+            weigh_row(rule, begin + r, first, own, masked, from, to, weights + r * s_stride_, grads + r * s_stride_);
       }
       E* rows = buffers_.grad_rows + (begin - block.begin) * s_stride_;
       if constexpr (kPairs<E>)
@@ -277,15 +278,15 @@ class AttentionBackward {
   }
 
   // Products with keys become weights (dropped ones zero), products with values the gradients of scores, in [from, to).
-  Keys weigh_row(const HeadScores<S>& rule, int64_t query, int64_t first, Keys own, int64_t from, int64_t to,
-                 T* weights, T* grads) {
+  Keys weigh_row(const HeadScores<S>& rule, int64_t query, int64_t first, Keys own, bool masked, int64_t from,
+                 int64_t to, T* weights, T* grads) {
     const T lse = p_.lse.data[lse_place(head_, query)];
     if (own.empty() || lse == -std::numeric_limits<T>::infinity()) {
       std::fill(weights + from, weights + to, T(0));
       std::fill(grads + from, grads + to, T(0));
       return {0, 0};
     }
-    if (!rule.plain()) rule.transform(query, first, own, weights, buffers_.capped);
+    if (!rule.plain(masked)) rule.transform(query, first, own, masked, weights, buffers_.capped);
     const T scale = rule.scale(), factor = rule.factor(), top = lse / scale, delta = buffers_.delta[query];
     const bool small = is_small(top, factor), drops = dropout_.active();
     // An error here is one of all weights of the query: what rounding took from lse / scale * factor is kept.

@@ -97,7 +97,7 @@ class AttentionDecode {
     const int64_t rows = group_ * sequence_.q_len;
     Keys keys{last, first};
     for (int64_t r = 0; r < rows; ++r) {
-      const Keys own = HeadScores<S>(p_, sequence_, item_.b, head(r)).seen(query(r), query(r) + 1, first, last);
+      const Keys own = HeadScores<S>(p_, sequence_, item_.b, head(r)).seen(query(r), query(r) + 1, first, last).keys;
       if (!own.empty()) keys = {std::min(keys.begin, own.begin), std::max(keys.end, own.end)};
     }
     if (keys.empty()) return;
@@ -115,7 +115,8 @@ class AttentionDecode {
   void weigh(int64_t r, Keys keys) {
     const HeadScores<S> rule(p_, sequence_, item_.b, head(r));
     const Keys own = rule.seen(query(r)).clipped(keys.begin, keys.end);
-    const Keys here{own.begin - keys.begin, own.end - keys.begin};
+    const Keys here = own.less(keys.begin);
+    const bool masked = p_.keep.data;
     const int64_t end = lanes_up<T>(keys.end - keys.begin);
     T* s = scores_ + r * s_stride_;
     if (here.empty()) {
@@ -124,7 +125,7 @@ class AttentionDecode {
     }
     std::fill(s, s + lanes_down<T>(here.begin), T(0));
     std::fill(s + lanes_up<T>(here.end), s + end, T(0));
-    if (!rule.plain()) rule.transform(query(r), keys.begin, here, s, nullptr);
+    if (!rule.plain(masked)) rule.transform(query(r), keys.begin, here, masked, s, nullptr);
     const T factor =
         softmax_[r].add(s, here, rule.factor(), [&](const auto& e, int64_t i) FASTLM_LAMBDA_INLINE { e.store(s + i); });
     T* sums = sums_ + r * v_stride_;

@@ -26,7 +26,7 @@ class AttentionForward {
     E* weights;  // of a tile, where products take them in another type than that of scores
     T *sums, *scores, *factors;
     Softmax<T>* softmax;
-    Keys* seen;  // of every tile, in the chunk at hand
+    Seen* seen;  // of every tile, in the chunk at hand
 
     FASTLM_NOINLINE static Buffers take(Workspace& workspace, const AttentionParams<S>& p, int64_t rows) {
       Buffers b;
@@ -38,7 +38,7 @@ class AttentionForward {
       b.scores = workspace.take<T>(kRows * row_stride<T>(kChunkKeys));
       b.factors = workspace.take<T>(kChunkKeys);
       b.softmax = workspace.take<Softmax<T>>(rows);
-      b.seen = workspace.take<Keys>(rows);
+      b.seen = workspace.take<Seen>(rows);
       return b;
     }
   };
@@ -89,9 +89,9 @@ class AttentionForward {
     for (int64_t g = 0; g < group_; ++g) {
       const auto rule = scores(g);
       for (int64_t t = 0; t < tiles_; ++t) {
-        Keys keys = rule.seen(item_.begin + tile(t).begin, item_.begin + tile(t).end, first, last);
-        keys = {keys.begin - first, keys.end - first};
-        buffers_.seen[g * tiles_ + t] = keys;
+        const Seen seen = rule.seen(item_.begin + tile(t).begin, item_.begin + tile(t).end, first, last);
+        const Keys keys = seen.keys.less(first);
+        buffers_.seen[g * tiles_ + t] = {keys, seen.masked};
         if (!keys.empty()) needed = {std::min(needed.begin, keys.begin), std::max(needed.end, keys.end)};
       }
     }
@@ -100,7 +100,8 @@ class AttentionForward {
     for (int64_t g = 0; g < group_; ++g) {
       const auto rule = scores(g);
       for (int64_t t = 0; t < tiles_; ++t)
-        if (!buffers_.seen[g * tiles_ + t].empty()) attend(rule, g, tile(t), first, buffers_.seen[g * tiles_ + t]);
+        if (!buffers_.seen[g * tiles_ + t].keys.empty())
+          attend(rule, g, tile(t), first, buffers_.seen[g * tiles_ + t].keys, buffers_.seen[g * tiles_ + t].masked);
     }
   }
 
@@ -112,7 +113,7 @@ class AttentionForward {
   }
 
   // One tile of queries of head g with `keys` of the chunk from `first` on.
-  void attend(const HeadScores<S>& rule, int64_t g, Team::Range tile, int64_t first, Keys keys) {
+  void attend(const HeadScores<S>& rule, int64_t g, Team::Range tile, int64_t first, Keys keys, bool masked) {
     const int64_t rows = tile.end - tile.begin, place = g * queries_ + tile.begin;
     const int64_t panel = keys.begin / kCols<T> * kCols<T>, begin = lanes_down<T>(keys.begin),
                   end = lanes_up<T>(keys.end), depth = panel_depth<E>(p_.dim);
@@ -123,7 +124,7 @@ class AttentionForward {
         PanelProduct<E>{buffers_.queries + place * q_stride_, q_stride_, buffers_.key_panels + panel * depth,
                         kPairing<E> * kCols<T>, kCols<T> * depth, s + panel, s_stride_},
         false);
-    const E* weights = weigh(rule, g, tile, first, keys);
+    const E* weights = weigh(rule, g, tile, first, keys, masked);
     multiply<false>(
         rows, keys.end - begin, p_.v_dim,
         PanelProduct<E>{weights + begin, kPairs<E> ? w_stride_ : s_stride_, buffers_.values + begin * v_stride_,
@@ -132,7 +133,7 @@ class AttentionForward {
   }
 
   // Scores of a tile become weights, zero where nothing is seen, and the sums so far are made to match.
-  const E* weigh(const HeadScores<S>& rule, int64_t g, Team::Range tile, int64_t first, Keys keys) {
+  const E* weigh(const HeadScores<S>& rule, int64_t g, Team::Range tile, int64_t first, Keys keys, bool masked) {
     const int64_t begin = lanes_down<T>(keys.begin), end = lanes_up<T>(keys.end);
     E* weights;
     if constexpr (kPairs<E>)
@@ -143,15 +144,14 @@ class AttentionForward {
       const int64_t r = query - item_.begin - tile.begin, place = g * queries_ + tile.begin + r;
       T* row = buffers_.scores + r * s_stride_;
       E* to = weights + r * (kPairs<E> ? w_stride_ : s_stride_);
-      const Keys own = rule.seen(query).clipped(first + keys.begin, first + keys.end);
-      const Keys here{own.begin - first, own.end - first};
+      const Keys here = rule.seen(query).less(first).clipped(keys.begin, keys.end);
       if (here.empty()) {
         std::fill(to + begin, to + end, E{});
         continue;
       }
       std::fill(to + begin, to + lanes_down<T>(here.begin), E{});
       std::fill(to + lanes_up<T>(here.end), to + end, E{});
-      if (!rule.plain()) rule.transform(query, first, here, row, nullptr);
+      if (!rule.plain(masked)) rule.transform(query, first, here, masked, row, nullptr);
       const T factor = add(buffers_.softmax[place], row, here, rule.factor(), g, query, first, to);
       if (factor != T(1)) scale_row(buffers_.sums + place * v_stride_, factor);
     }

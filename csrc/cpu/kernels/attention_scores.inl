@@ -17,6 +17,13 @@ struct Keys {
   int64_t begin, end;
   bool empty() const { return begin >= end; }
   Keys clipped(int64_t from, int64_t to) const { return {std::max(begin, from), std::min(end, to)}; }
+  Keys less(int64_t first) const { return {begin - first, end - first}; }  // counted from `first`
+};
+
+// What some queries see; `masked`: a mask may hide some of it from some of them.
+struct Seen {
+  Keys keys;
+  bool masked;
 };
 
 // Runs body(V, i) for vectors of T from begin to end, several at a time where there are enough.
@@ -54,15 +61,16 @@ class HeadScores {
     if (p.keep.data) keep_ = p.keep.data + b * p.keep.batch + head * p.keep.head;
     if (p.bias.data) bias_ = p.bias.data + b * p.bias.batch + head * p.bias.head;
     if (p.slopes.data) slope_ = p.slopes.data[b * p.slopes.batch + head * p.slopes.head];
-    plain_ = !keep_ && !bias_ && !p.slopes.data && p.softcap == 0 && p.scale > 0;
+    scaled_ = !bias_ && !p.slopes.data && p.softcap == 0 && p.scale > 0;
   }
 
-  // Whether the products times a factor are the scores; else transform() makes them.
-  bool plain() const { return plain_; }
+  // Whether nothing is left for transform() to do.
+  bool plain(bool masked) const { return scaled_ && !masked; }
   // From products, or from what transform() made of them, to scores; to exponents of 2, a cheaper exponential.
-  T scale() const { return plain_ ? p_.scale : T(1); }
+  T scale() const { return scaled_ ? p_.scale : T(1); }
   T factor() const { return scale() * ExpConstants<T>::kLog2e; }
 
+  // Mask apart.
   Keys seen(int64_t query) const {
     const int64_t position = query + sequence_.offset, n = sequence_.k_len;
     Keys keys{0, n};
@@ -70,20 +78,23 @@ class HeadScores {
     if (p_.right >= 0) keys.end = std::clamp<int64_t>(position + p_.right + 1, keys.begin, n);
     return keys;
   }
-  // What the queries [begin, end) see of the keys from `first` to `last`; both ends of what one sees rise with it.
-  Keys seen(int64_t begin, int64_t end, int64_t first, int64_t last) const {
+  // What some of the queries [begin, end) see of the keys from `first` to `last`; both ends of what one sees rise with
+  // it.
+  Seen seen(int64_t begin, int64_t end, int64_t first, int64_t last) const {
     const Keys keys = Keys{seen(begin).begin, seen(end - 1).end}.clipped(first, last);
-    return keep_ && !keys.empty() ? kept(begin, end, keys) : keys;
+    return keep_ && !keys.empty() ? kept(begin, end, keys) : Seen{keys, false};
   }
 
   // Products with the keys `first` + [keys.begin, keys.end) become scores, to whole vectors. `capped` (or null) gets
   // them as softcap left them.
-  void transform(int64_t query, int64_t first, Keys keys, T* s, T* capped) const {
+  void transform(int64_t query, int64_t first, Keys keys, bool masked, T* s, T* capped) const {
     const auto scale = p_.scale, cap = p_.softcap;
     const S* bias = bias_ ? bias_ + query * p_.bias.query + first * p_.bias.key : nullptr;
-    const bool* keep = keep_ ? keep_ + query * p_.keep.query + first * p_.keep.key : nullptr;
+    const bool* keep = masked ? keep_ + query * p_.keep.query + first * p_.keep.key : nullptr;
+    if (scaled_) return mask(keep, keys, s);
     if (bias && p_.bias.key == 1 && cap == 0 && !p_.slopes.data) {  // as most models have it: one pass, the same bits
       for (int64_t i = keys.begin; i < keys.end; i += V::kLanes) {
+        __builtin_prefetch(bias + kRowsAhead * p_.bias.query + i);  // pieces of rows far apart, as of a mask
         const int64_t n = std::min<int64_t>(V::kLanes, keys.end - i);
         (V::load_partial(s + i, n) * V::broadcast(scale) + load_as<V>(bias + i, n)).store_partial(s + i, n);
       }
@@ -110,35 +121,73 @@ class HeadScores {
   }
   void mask(const bool* keep, Keys keys, T* s) const {
     constexpr T kOut = -std::numeric_limits<T>::infinity();
-    if (p_.keep.key == 1)
-      for (int64_t i = keys.begin; i < keys.end; ++i) s[i] = keep[i] ? s[i] : kOut;
-    else
+    if (p_.keep.key != 1) {
       for (int64_t i = keys.begin; i < keys.end; ++i) s[i] = keep[i * p_.keep.key] ? s[i] : kOut;
+      return;
+    }
+    for (int64_t i = lanes_down<T>(keys.begin); i < keys.end; i += V::kLanes) {
+      if (i >= keys.begin && i + V::kLanes <= keys.end) {
+        if (i + kAtOnce <= keys.end && all<kAtOnce>(keep + i))
+          i += kAtOnce - V::kLanes;  // nothing to write, which loads of whole vectors would wait for
+        else
+          replace_where_not(keep + i, V::load(s + i), kOut).store(s + i);
+        continue;
+      }
+      bool lanes[V::kLanes], whole = true;
+      for (int64_t j = 0; j < V::kLanes; ++j) {
+        lanes[j] = i + j < keys.begin || i + j >= keys.end || keep[i + j];
+        whole &= lanes[j];
+      }
+      if (!whole) replace_where_not(lanes, V::load(s + i), kOut).store(s + i);
+    }
   }
   // The keys without those at either end that the mask hides from all of these queries.
-  Keys kept(int64_t begin, int64_t end, Keys keys) const {
+  Seen kept(int64_t begin, int64_t end, Keys keys) const {
     const int64_t rows = p_.keep.query ? end - begin : 1, step = p_.keep.key;
     Keys found{keys.end, keys.begin};
     for (int64_t r = 0; r < rows; ++r) {
       const bool* keep = keep_ + (begin + r) * p_.keep.query;
-      int64_t i = keys.begin, j = keys.end;
       // Short pieces of rows far apart: no prefetcher follows.
-      for (int64_t n = i; step == 1 && n < j; n += 64) __builtin_prefetch(keep + kRowsAhead * p_.keep.query + n);
-      while (step == 1 && i + kAtOnce <= found.begin && !any(keep + i)) i += kAtOnce;
+      for (int64_t n = keys.begin; step == 1 && n < keys.end; n += 64)
+        __builtin_prefetch(keep + kRowsAhead * p_.keep.query + n);
+      int64_t i = keys.begin, j = keys.end;
+      while (step == 1 && i + kAtOnce <= found.begin && !any<kAtOnce>(keep + i)) i += kAtOnce;
+      while (step == 1 && i + 8 <= found.begin && !any<8>(keep + i)) i += 8;
       while (i < found.begin && !keep[i * step]) ++i;
       found.begin = std::min(found.begin, i);
-      while (step == 1 && j - kAtOnce >= std::max(found.end, i) && !any(keep + j - kAtOnce)) j -= kAtOnce;
-      while (j > std::max(found.end, i) && !keep[(j - 1) * step]) --j;
+      const int64_t least = std::max(found.end, i);
+      while (step == 1 && j - kAtOnce >= least && !any<kAtOnce>(keep + j - kAtOnce)) j -= kAtOnce;
+      while (step == 1 && j - 8 >= least && !any<8>(keep + j - 8)) j -= 8;
+      while (j > least && !keep[(j - 1) * step]) --j;
       if (j > i) found.end = std::max(found.end, j);
     }
-    return found;
+    bool masked = false;
+    for (int64_t r = 0; r < rows && !masked; ++r)
+      masked = step != 1 || !all(keep_ + (begin + r) * p_.keep.query, found.begin, found.end);
+    return {found, masked};
   }
   static constexpr int64_t kAtOnce = 64;
+  template <int64_t N>
   static bool any(const bool* keep) {
-    uint64_t words[kAtOnce / 8], all = 0;
-    memcpy(words, keep, kAtOnce);
-    for (const uint64_t word : words) all |= word;
-    return all != 0;
+    uint64_t words[N / 8], found = 0;
+    memcpy(words, keep, N);
+    for (const uint64_t word : words) found |= word;
+    return found != 0;
+  }
+  template <int64_t N>
+  static bool all(const bool* keep) {
+    constexpr uint64_t kTrue = 0x0101010101010101;
+    uint64_t words[N / 8], found = kTrue;
+    memcpy(words, keep, N);
+    for (const uint64_t word : words) found &= word;
+    return found == kTrue;
+  }
+  static bool all(const bool* keep, int64_t begin, int64_t end) {
+    int64_t i = begin;
+    while (i + kAtOnce <= end && all<kAtOnce>(keep + i)) i += kAtOnce;
+    while (i + 8 <= end && all<8>(keep + i)) i += 8;
+    while (i < end && keep[i]) ++i;
+    return i >= end;
   }
 
   const AttentionParams<S>& p_;
@@ -146,7 +195,7 @@ class HeadScores {
   const bool* keep_ = nullptr;
   const S* bias_ = nullptr;
   T slope_ = 0;
-  bool plain_;
+  bool scaled_;
 };
 
 // Whether 2^(factor (s - top)) may be taken in one multiply-add, which rounds by the size of factor times top. Scores

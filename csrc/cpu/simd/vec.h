@@ -152,7 +152,10 @@ FASTLM_INLINE void store_as(const V& x, S* p, int64_t n) {
     for (int i = 0; i < V::kParts; ++i) store_as(x.parts[i], p + i * V::V::kLanes, V::V::kLanes);
   } else {
     const auto lanes = __builtin_convertvector(bfloat16_bits(x), BFloat16Lanes);
-    memcpy(p, &lanes, (n < V::kLanes ? n : V::kLanes) * sizeof(S));
+    if (n >= V::kLanes)
+      memcpy(p, &lanes, sizeof(lanes));  // one instruction
+    else
+      memcpy(p, &lanes, n * sizeof(S));
   }
 }
 // x as it comes back from a tensor of S.
@@ -298,6 +301,16 @@ FASTLM_INLINE Vec<T> replace_outside(Vec<T> x, int64_t begin, int64_t end, T oth
   typename Vec<T>::RawInt lane;
   unrolled<Vec<T>::kLanes>([&](int i) FASTLM_LAMBDA_INLINE { lane[i] = i; });
   return {(lane >= static_cast<Int>(begin)) & (lane < static_cast<Int>(end)) ? x.raw : Vec<T>::broadcast(other).raw};
+}
+
+// x where `keep` holds, `other` in the rest.
+template <class T>
+FASTLM_INLINE Vec<T> replace_where_not(const bool* keep, Vec<T> x, T other) {
+  typedef uint8_t Bytes __attribute__((vector_size(Vec<T>::kLanes)));
+  Bytes bytes;
+  memcpy(&bytes, keep, sizeof(bytes));
+  const auto lanes = __builtin_convertvector(bytes, typename Vec<T>::RawInt);
+  return {lanes != 0 ? x.raw : Vec<T>::broadcast(other).raw};
 }
 
 template <class T>
