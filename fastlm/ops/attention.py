@@ -534,6 +534,8 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, options: _Options, sinks: Tensor | None, return_lse: bool, plain: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """plain: q, k and v are (the bias has q's dtype and device, so that it is as well)."""
+    if return_lse not in (True, False):
+        raise TypeError(f"return_lse: expected True or False, got {return_lse!r}")
     output, lse = _run(q, k, v, options, plain)
     if sinks is not None:
         # The sink joins the sum of exponentials: a factor exp(lse) / (exp(lse) + exp(sink)) for all weights of a row.

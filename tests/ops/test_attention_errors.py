@@ -57,6 +57,7 @@ OPTIONS: list[Wrong] = [
     ({"alibi_slopes": F(2, 4, 1)}, ValueError, "alibi_slopes"),
     ({"alibi_slopes": [1.0] * 4}, TypeError, "alibi_slopes"),
     ({"alibi_slopes": F(4).requires_grad_()}, ValueError, "alibi_slopes"),
+    ({"return_lse": "both"}, TypeError, "return_lse"),
     ({"sinks": F(3)}, ValueError, "sinks"),
     ({"sinks": F(1, 4)}, ValueError, "sinks"),
     ({"sinks": [0.0] * 4}, TypeError, "sinks"),

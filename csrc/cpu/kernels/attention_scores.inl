@@ -78,8 +78,7 @@ class HeadScores {
     if (p_.right >= 0) keys.end = std::clamp<int64_t>(position + p_.right + 1, keys.begin, n);
     return keys;
   }
-  // What some of the queries [begin, end) see of the keys from `first` to `last`; both ends of what one sees rise with
-  // it.
+  // What queries [begin, end) see of the keys from `first` to `last`; both ends of what one sees rise with it.
   Seen seen(int64_t begin, int64_t end, int64_t first, int64_t last) const {
     const Keys keys = Keys{seen(begin).begin, seen(end - 1).end}.clipped(first, last);
     return keep_ && !keys.empty() ? kept(begin, end, keys) : Seen{keys, false};

@@ -99,7 +99,7 @@ FASTLM_INLINE V exp(const V& x) {
   return fma(p, parts.n - capped, p) * power_of_two(capped + V::broadcast(C::kRound));
 }
 
-// P of 2^r = 1 + r P(r) for |r| <= 1/2, put together.
+// 2^r = 1 + r P(r) for |r| <= 1/2.
 template <class V>
 FASTLM_INLINE V exp2_fraction(const V& r) {
   using C = Exp2Constants<typename V::Scalar>;
