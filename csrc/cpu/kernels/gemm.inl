@@ -33,21 +33,35 @@ void pack_rows(const S* b, int64_t stride, int64_t depth, int64_t cols, T* panel
   }
 }
 
+#if FASTLM_FMA_BYTES >= 32
+// to[k][n] = from[n][k] for up to 8 rows of 8 values, zeros for the rest of 8 rows.
+template <class S>
+FASTLM_INLINE void transpose_rows(const S* from, int64_t from_stride, int64_t rows, float* to, int64_t to_stride) {
+  if (rows == 8) return transpose_8x8(from, from_stride, to, to_stride);
+  S some[8 * 8] = {};
+  for (int64_t r = 0; r < rows; ++r) memcpy(some + 8 * r, from + r * from_stride, 8 * sizeof(S));
+  transpose_8x8(some, 8, to, to_stride);
+}
+#endif
+
 // The same panel of B as stored (N, K): transposed.
 template <class S, class T>
 void pack_transposed(const S* b, int64_t stride, int64_t depth, int64_t cols, T* panel) {
   int64_t n = 0;
 #if FASTLM_FMA_BYTES >= 32
   if constexpr (sizeof(T) == 4)
-    for (; n + 8 <= cols; n += 8) {
+    for (; n < cols; n += 8) {
+      const int64_t rows = std::min<int64_t>(8, cols - n);
       int64_t k = 0;
-      for (; k + 8 <= depth; k += 8) transpose_8x8(b + n * stride + k, stride, panel + k * kCols<T> + n, kCols<T>);
+      for (; k + 8 <= depth; k += 8)
+        transpose_rows(b + n * stride + k, stride, rows, panel + k * kCols<T> + n, kCols<T>);
       for (; k < depth; ++k)
-        for (int i = 0; i < 8; ++i) panel[k * kCols<T> + n + i] = widen(b[(n + i) * stride + k]);
+        for (int i = 0; i < 8; ++i) panel[k * kCols<T> + n + i] = i < rows ? widen(b[(n + i) * stride + k]) : T(0);
     }
 #endif
-  for (; n < kCols<T>; ++n)
-    for (int64_t k = 0; k < depth; ++k) panel[k * kCols<T> + n] = n < cols ? widen(b[n * stride + k]) : T(0);
+  for (; n < cols; ++n)
+    for (int64_t k = 0; k < depth; ++k) panel[k * kCols<T> + n] = widen(b[n * stride + k]);
+  for (int64_t k = 0; n < kCols<T> && k < depth; ++k) std::fill_n(panel + k * kCols<T> + n, kCols<T> - n, T(0));
 }
 
 #define FASTLM_SHARED_PACKING(keyword)                                                      \
@@ -61,21 +75,25 @@ FASTLM_SHARED_PACKING(extern);
 // As a panel of pairs along k, [depth / 2][kCols][2]: pairs are words of four bytes.
 inline void pack_transposed(const BFloat16* b, int64_t stride, int64_t depth, int64_t cols, BFloat16* panel) {
   constexpr int64_t kWords = kCols<float>;
-  for (int64_t n = 0; n < kWords; n += 8) {
+  int64_t n = 0;
+  for (; n < cols; n += 8) {
+    const int64_t rows = std::min<int64_t>(8, cols - n);
     int64_t k = 0;
 #if FASTLM_FMA_BYTES >= 32
-    if (n + 8 <= cols && stride % 2 == 0)
+    if (stride % 2 == 0)
       for (; k + 16 <= depth; k += 16)
-        transpose_8x8(reinterpret_cast<const float*>(b + n * stride + k), stride / 2,
-                      reinterpret_cast<float*>(panel + k * kWords + 2 * n), kWords);
+        transpose_rows(reinterpret_cast<const float*>(b + n * stride + k), stride / 2, rows,
+                       reinterpret_cast<float*>(panel + k * kWords + 2 * n), kWords);
 #endif
     for (; k < depth; k += 2)
-      for (int64_t i = n; i < std::min(n + 8, kWords); ++i) {
+      for (int64_t i = 0; i < 8; ++i) {
         BFloat16 pair[2] = {};
-        if (i < cols) std::copy_n(b + i * stride + k, std::min<int64_t>(2, depth - k), pair);
-        std::copy_n(pair, 2, panel + k * kWords + 2 * i);
+        if (i < rows) std::copy_n(b + (n + i) * stride + k, std::min<int64_t>(2, depth - k), pair);
+        std::copy_n(pair, 2, panel + k * kWords + 2 * (n + i));
       }
   }
+  for (int64_t k = 0; n < kWords && k < depth; k += 2)
+    std::fill_n(panel + k * kWords + 2 * n, 2 * (kWords - n), BFloat16{});
 }
 
 // Rows [begin, end) of A as stored (K, M), packed [tile][depth][kTileRows]. Some tiles at once, since rows of A lie
