@@ -157,10 +157,18 @@ def run_reference(case: Attention) -> Outputs:
         return run_fastlm(case)
 
 
+def run_torch_with_weights(case: Attention) -> Outputs:
+    """`run_torch`, and the weights (B, Hq, Tq, Tk), 0 past a length."""
+    k_len = case.k.shape[2]
+    weights = [_torch_sequence(case, *given)[2] for given in _padded(case)]
+    padded = [torch.nn.functional.pad(each, (0, k_len - each.shape[-1])) for each in weights]
+    return run_torch(case) | {"weights": torch.stack(padded)}
+
+
 def run_torch(case: Attention) -> Outputs:
     """A loop over single sequences, every score written out."""
     packed = case.cu_seqlens_q is not None
-    results = [_torch_sequence(case, *given) for given in (_packed(case) if packed else _padded(case))]
+    results = [_torch_sequence(case, *given)[:2] for given in (_packed(case) if packed else _padded(case))]
     q_heads, v_dim = case.q.shape[1], case.v.shape[-1]
     if packed:
         past = case.q.shape[0] - int(case.cu_seqlens_q[-1])
@@ -233,8 +241,8 @@ def _torch_sequence(
     mask: Tensor | None,
     slopes: Tensor | None,
     factors: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Output (H, Tq, Dv) and lse (H, Tq) of one sequence."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (H, Tq, Dv), lse (H, Tq) and weights (H, Tq, Tk) of one sequence."""
     heads, q_len, dim = q.shape
     k_len = k.shape[1]
     k, v = (tensor.repeat_interleave(heads // max(1, tensor.shape[0]), 0) for tensor in (k, v))
@@ -262,8 +270,8 @@ def _torch_sequence(
     blind = (scores == -torch.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(blind, 0)
     weights = torch.softmax(scores, -1)[..., :-1]
-    weights = weights if factors is None else weights * factors
-    return (weights @ v).masked_fill(blind, 0), torch.logsumexp(scores, -1).masked_fill(blind[..., 0], -torch.inf)
+    weights = (weights if factors is None else weights * factors).masked_fill(blind, 0)
+    return weights @ v, torch.logsumexp(scores, -1).masked_fill(blind[..., 0], -torch.inf), weights
 
 
 def check_attention(

@@ -164,13 +164,10 @@ void fill_zero(const Tensor& dense_tensor) {
   if (bytes) std::memset(dense_tensor.mutable_data_ptr(), 0, bytes);
 }
 
-std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                             const OptionalTensor& keep, const OptionalTensor& bias,
-                                             const OptionalTensor& slopes, const OptionalTensor& kv_lengths,
-                                             const OptionalTensor& q_starts, const OptionalTensor& k_starts,
-                                             const OptionalTensor& seed, double scale, double softcap, double dropout,
-                                             bool lower_right, int64_t left, int64_t right) {
-  const AttentionCall call(q, k, v, keep, bias, slopes, kv_lengths, q_starts, k_starts, seed);
+// run(params) with what forward makes of a call, but for weights.
+template <class Run>
+std::tuple<Tensor, Tensor> attend(const Tensor& q, const AttentionCall& call, double scale, double softcap,
+                                  double dropout, bool lower_right, int64_t left, int64_t right, const Run& run) {
   const Tensor output = empty_heads(q, call.dims, call.dims.shape(call.batch, call.q_heads, call.q_rows, call.v_dim));
   const Tensor lse = empty(q, call.lse_shape(), compute_type(call.dtype));
   if (call.skips_queries()) {
@@ -182,9 +179,36 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
     AttentionForwardParams<S> p{};
     call.fill(p, scale, softcap, dropout, lower_right, left, right);
     p.output = call.dims.view<S>(output), p.lse = call.lse_view<Compute<S>>(lse);
+    run(p);
     cpu::attention_forward(p, max_threads(), parallel_for);
   });
   return {output, lse};
+}
+
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const OptionalTensor& keep, const OptionalTensor& bias,
+                                             const OptionalTensor& slopes, const OptionalTensor& kv_lengths,
+                                             const OptionalTensor& q_starts, const OptionalTensor& k_starts,
+                                             const OptionalTensor& seed, double scale, double softcap, double dropout,
+                                             bool lower_right, int64_t left, int64_t right) {
+  const AttentionCall call(q, k, v, keep, bias, slopes, kv_lengths, q_starts, k_starts, seed);
+  return attend(q, call, scale, softcap, dropout, lower_right, left, right, [](auto&) {});
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_weights_forward(
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& keep, const OptionalTensor& bias,
+    const OptionalTensor& slopes, const OptionalTensor& kv_lengths, const OptionalTensor& q_starts,
+    const OptionalTensor& k_starts, const OptionalTensor& seed, double scale, double softcap, double dropout,
+    bool lower_right, int64_t left, int64_t right, bool average) {
+  check(!q_starts && !k_starts, "q_starts: expected none, for packed sequences give no weights");
+  const AttentionCall call(q, k, v, keep, bias, slopes, kv_lengths, q_starts, k_starts, seed);
+  const Tensor weights = average ? empty(q, {call.batch, call.q_rows, call.k_rows})
+                                 : empty(q, {call.batch, call.q_heads, call.q_rows, call.k_rows});
+  if (average && call.q_heads == 0) fill_zero(weights);
+  const auto [output, lse] = attend(q, call, scale, softcap, dropout, lower_right, left, right, [&](auto& p) {
+    p.weights = static_cast<decltype(p.weights)>(weights.mutable_data_ptr()), p.average = average;
+  });
+  return {output, lse, weights};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
@@ -235,5 +259,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(fastlm, CPU, library) {
   library.impl("attention_forward", TORCH_BOX(&fastlm::bindings::attention_forward));
+  library.impl("attention_weights_forward", TORCH_BOX(&fastlm::bindings::attention_weights_forward));
   library.impl("attention_backward", TORCH_BOX(&fastlm::bindings::attention_backward));
 }

@@ -127,6 +127,8 @@ template <class S>
 struct AttentionForwardParams : AttentionParams<S> {
   Heads<S> output;
   Heads<Compute<S>> lse;  // (B, Hq, Tq): natural logarithm, -inf where a row sees nothing; time stride 1
+  S* weights;             // (B, Hq, Tq, Tk), dropped ones 0, or their average over heads (B, Tq, Tk); or null
+  bool average;
 };
 
 template <class S>

@@ -13,6 +13,7 @@ constexpr int64_t kDecodeKeys = 512;   // per item, about
 constexpr int64_t kItemsWanted = 16;   // so many items keep a few threads busy to the end
 constexpr int64_t kPartsWanted = 8;    // the same for backward, where parts of one head cost memory
 constexpr int64_t kRowsAtLeast = 96;   // per item, so that packing keys does not show
+constexpr int64_t kRowsWeighed = 32;   // the same where weights are wanted, which are held for all keys of the item
 constexpr int64_t kKeysAtLeast = 512;  // per item of backward, likewise
 constexpr double kBytesPerNs = 20;     // of one core, cautiously
 
@@ -69,13 +70,16 @@ template <class S>
 AttentionPlan AttentionPlan::make(const AttentionForwardParams<S>& p, int max_threads) {
   AttentionPlan plan{};
   const int64_t group = p.kv_heads ? p.q_heads / p.kv_heads : 0;
-  plan.decode = group * p.q_len <= kDecodeRows;
+  plan.decode = group * p.q_len <= kDecodeRows && !p.weights;
+  // Heads whose weights are averaged are one item's.
+  const bool all_heads = p.weights && p.average;
   int64_t total = 0;
   for (int64_t b = 0; b < p.batch; ++b) total += attention_sequence(p, b).q_len;
   const int64_t fits = forward_values() / std::max<int64_t>(1, std::max(p.dim, p.v_dim));
-  const int64_t even = ceil_div(total * p.q_heads, kItemsWanted);
-  const int64_t rows = std::clamp(even, kRowsAtLeast, std::max(fits, kRowsAtLeast));
-  const int64_t queries = ceil_div(rows, std::max<int64_t>(group, 1));
+  const int64_t even = ceil_div(total * (all_heads ? 1 : p.q_heads), kItemsWanted);
+  const int64_t least = p.weights ? kRowsWeighed : kRowsAtLeast;
+  const int64_t rows = std::clamp(even, least, p.weights ? kRowsAtLeast : std::max(fits, kRowsAtLeast));
+  const int64_t queries = ceil_div(rows, std::max<int64_t>(all_heads ? 1 : group, 1));
   for (int64_t b = 0; b < p.batch; ++b) {
     const auto sequence = attention_sequence(p, b);
     if (sequence.q_len == 0) continue;
@@ -86,7 +90,7 @@ AttentionPlan AttentionPlan::make(const AttentionForwardParams<S>& p, int max_th
     }
     // Parts of equal size.
     const int64_t size = ceil_div(sequence.q_len, ceil_div(sequence.q_len, queries));
-    add_items(plan, b, p.kv_heads, sequence.q_len, size);
+    add_items(plan, b, all_heads ? std::min<int64_t>(1, p.kv_heads) : p.kv_heads, sequence.q_len, size);
     plan.most_rows = std::max(plan.most_rows, group * size);
   }
   if (plan.decode) plan.most_rows = group * p.q_len;

@@ -1,7 +1,7 @@
 """MultiheadAttention with the interface of torch.nn."""
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,16 +9,16 @@ from torch import Tensor
 
 from fastlm.nn._twin import TorchTwin
 from fastlm.ops import _common
-from fastlm.ops.attention import attention
-from fastlm.ops.attention_weights import attention_with_weights
+from fastlm.ops._attention_op import ATTENTION, module_options, run
+from fastlm.ops.attention_weights import ATTENTION_WITH_WEIGHTS
 
 
 class MultiheadAttention(TorchTwin, torch.nn.MultiheadAttention):
     """Drop-in for torch.nn.MultiheadAttention (same arguments, parameters, results and errors) on the fused kernels.
 
     Unlike there, a query that may attend to nothing gives 0, not NaN, and weights 0, and what is returned does not
-    depend on the mode but for rounding. need_weights=True, the default as there, makes the weights in plain operations;
-    need_weights=False is faster. Nested tensors go to torch's own attention.
+    depend on the mode. need_weights=True, the default as there, costs the weights' memory and the time to write them,
+    and gradients through them are made in plain operations. Nested tensors go to torch's own attention.
     """
 
     torch_class = torch.nn.MultiheadAttention
@@ -67,24 +67,21 @@ class MultiheadAttention(TorchTwin, torch.nn.MultiheadAttention):
         is_causal = is_causal and self.bias_k is None and not self.add_zero_attn
         batched = query.dim() == 3
         batch_first = self.batch_first or not batched
+        self._check(query, key, value, key_padding_mask, attn_mask, self.batch_first and batched)
         if not batched:
-            self._check(query, key, value, key_padding_mask, attn_mask)
             query, key, value = _once_each(lambda x: x.unsqueeze(0), query, key, value)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        else:
-            q, k, v = (x.transpose(0, 1) if batch_first else x for x in (query, key, value))
-            self._check(q, k, v, key_padding_mask, attn_mask)
-        q, k, v = (self._heads(x, batch_first) for x in self._project(query, key, value, batched and self.batch_first))
+        q, k, v = self._project(query, key, value, batched and self.batch_first, batch_first)
         mask = self._mask(q, k, key_padding_mask, attn_mask, is_causal)
         k, v, mask = self._more_keys(k, v, mask)
-        options: dict[str, Any] = {"mask": mask, "scale": 1 / math.sqrt(self.head_dim)}
-        options["dropout_p"] = self.dropout if self.training else 0.0
+        dropout = self.dropout if self.training else 0.0
+        options, plain = module_options(q, k, v, mask, is_causal, 1 / math.sqrt(self.head_dim), dropout)
         weights = None
         if need_weights:
-            output, weights = attention_with_weights(q, k, v, average_attn_weights, causal=is_causal, **options)
+            output, _, weights = run(ATTENTION_WITH_WEIGHTS, q, k, v, options, average_attn_weights, plain=plain)
             weights = weights if batched else weights.squeeze(0)
         else:
-            output = cast(Tensor, attention(q, k, v, causal="upper_left" if is_causal else None, **options))
+            output, _ = run(ATTENTION, q, k, v, options, plain=plain)
         order = (0, 2, 1, 3) if batch_first else (2, 0, 1, 3)
         output = F.linear(output.permute(order).flatten(-2), self.out_proj.weight, self.out_proj.bias)
         return (output if batched else output.squeeze(0)), weights
@@ -96,40 +93,45 @@ class MultiheadAttention(TorchTwin, torch.nn.MultiheadAttention):
         value: Tensor,
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
+        batch_first: bool,
     ) -> None:
-        """Torch's errors for what does not fit; time-major or unbatched."""
+        """Torch's errors for what does not fit."""
         F._mha_shape_check(  # type: ignore[attr-defined]
             query, key, value, key_padding_mask, attn_mask, self.num_heads
         )
-        if query.shape[-1] != self.embed_dim:
-            raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}")
-        if self._qkv_same_embed_dim and key.shape != value.shape:
-            raise AssertionError(f"key shape {key.shape} does not match value shape {value.shape}")
-        if key.shape[:-1] != value.shape[:-1]:
-            raise AssertionError(
-                f"key's sequence and batch dims {key.shape[:2]} do not match value's {value.shape[:2]}"
-            )
-        batch = query.shape[1] if query.dim() == 3 else 1
-        if query.dim() == 3 and key.shape[1] != batch:
-            raise AssertionError(f"key's batch {key.shape[1]} does not match query's {batch}")
+        shapes = [x.shape for x in (query, key, value)]
+        if batch_first:
+            shapes = [torch.Size((shape[1], shape[0], shape[2])) for shape in shapes]
+        of_query, of_key, of_value = shapes  # time first
+        if of_query[-1] != self.embed_dim:
+            raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {of_query[-1]}")
+        if self._qkv_same_embed_dim and of_key != of_value:
+            raise AssertionError(f"key shape {of_key} does not match value shape {of_value}")
+        if of_key[:-1] != of_value[:-1]:
+            raise AssertionError(f"key's sequence and batch dims {of_key[:2]} do not match value's {of_value[:2]}")
+        batch = of_query[1] if query.dim() == 3 else 1
+        if query.dim() == 3 and of_key[1] != batch:
+            raise AssertionError(f"key's batch {of_key[1]} does not match query's {batch}")
         if attn_mask is not None:
-            sizes = (query.shape[0], key.shape[0])
+            sizes = (of_query[0], of_key[0])
             expected = sizes if attn_mask.dim() == 2 else (batch * self.num_heads, *sizes)
             if attn_mask.shape != expected:
                 raise RuntimeError(
                     f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {expected}."
                 )
-        if key_padding_mask is not None and key_padding_mask.shape[-1:] != key.shape[:1]:
+        if key_padding_mask is not None and key_padding_mask.shape[-1:] != of_key[:1]:
             raise AssertionError(
-                f"Expected key_padded_mask.shape[-1] to be {key.shape[0]}, but got {key_padding_mask.shape[-1]}"
+                f"Expected key_padded_mask.shape[-1] to be {of_key[0]}, but got {key_padding_mask.shape[-1]}"
             )
         if key_padding_mask is not None and query.dim() == 3 and key_padding_mask.shape[0] != batch:
             raise AssertionError(
                 f"Expected key_padded_mask.shape[0] to be {batch}, but got {key_padding_mask.shape[0]}"
             )
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor, copies: bool) -> tuple[Tensor, ...]:
-        """Queries, keys and values side by side where one product can make them: kernels read them where they lie.
+    def _project(
+        self, query: Tensor, key: Tensor, value: Tensor, copies: bool, batch_first: bool
+    ) -> tuple[Tensor, ...]:
+        """Queries, keys and values (N, H, T, D), side by side where one product can make them: kernels read them there.
 
         copies: of the inputs go to backward, as torch has them where the batch is first, so that `x += attn(x)` works.
         """
@@ -142,21 +144,23 @@ class MultiheadAttention(TorchTwin, torch.nn.MultiheadAttention):
             query, key, value = _once_each(torch.clone, query, key, value)
         if not together:
             biases = (None,) * 3 if bias is None else bias.chunk(3)
-            return tuple(map(F.linear, (query, key, value), weights, biases))
+            projected = map(F.linear, (query, key, value), weights, biases)
+            return tuple(self._heads(x, 1, batch_first)[0] for x in projected)
         (weight,) = weights
         if query is key and key is value:
-            return F.linear(query, weight, bias).chunk(3, -1)
+            return self._heads(F.linear(query, weight, bias), 3, batch_first)
         if key is value:
             biases = (None, None) if bias is None else (bias[:width], bias[width:])
-            keys, values = F.linear(key, weight[width:], biases[1]).chunk(2, -1)
-            return F.linear(query, weight[:width], biases[0]), keys, values
+            queries = self._heads(F.linear(query, weight[:width], biases[0]), 1, batch_first)
+            return queries + self._heads(F.linear(key, weight[width:], biases[1]), 2, batch_first)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
-        return tuple(map(F.linear, (query, key, value), weight.chunk(3), biases))
+        projected = map(F.linear, (query, key, value), weight.chunk(3), biases)
+        return tuple(self._heads(x, 1, batch_first)[0] for x in projected)
 
-    def _heads(self, x: Tensor, batch_first: bool) -> Tensor:
-        """(N, T, E) or (T, N, E) as (N, H, T, D), in place."""
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
-        return x.transpose(1, 2) if batch_first else x.permute(1, 2, 0, 3)
+    def _heads(self, x: Tensor, count: int, batch_first: bool) -> tuple[Tensor, ...]:
+        """(N, T, count E) or (T, N, count E) as `count` of (N, H, T, D), in place."""
+        parts = x.unflatten(-1, (count, self.num_heads, self.head_dim)).unbind(-3)
+        return tuple([part.transpose(1, 2) if batch_first else part.permute(1, 2, 0, 3) for part in parts])
 
     def _mask(
         self, q: Tensor, k: Tensor, padding: Tensor | None, attn_mask: Tensor | None, is_causal: bool

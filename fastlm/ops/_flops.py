@@ -45,6 +45,7 @@ _FORMULAS: dict[str, Callable[[Any], int]] = {
     "lstm_forward": _recurrent,
     "lstm_backward": _recurrent_backward,
     "attention_forward": lambda a: 2 * _pairs(a) * (a.q.shape[-1] + a.v.shape[-1]),
+    "attention_weights_forward": lambda a: 2 * _pairs(a) * (a.q.shape[-1] + a.v.shape[-1]),
     "attention_backward": lambda a: 2 * _pairs(a) * (3 * a.q.shape[-1] + 2 * a.v.shape[-1]),
     "linear_cross_entropy_forward": _cross_entropy,
     "linear_cross_entropy_backward": _cross_entropy,

@@ -266,6 +266,12 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[T
     return _in_order_of(q, output), lse
 
 
+def attention_weights_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As the kernel's, with the weights."""
+    output, lse, weights = reference.attention_with_weights(q, k, v, *options)
+    return _in_order_of(q, output), lse, weights
+
+
 def _in_order_of(like: Tensor, made: Tensor) -> Tensor:
     inner_heads = like.dim() == 4 and like.stride(1) < like.stride(2)
     return made.transpose(1, 2).contiguous().transpose(1, 2) if inner_heads else made.contiguous()
@@ -455,6 +461,7 @@ def register() -> None:
         gru_backward: lambda i, result: False,
         lstm_backward: lambda i, result: False,
         attention_forward: lambda i, result: i == 1,
+        attention_weights_forward: lambda i, result: i == 1,
         attention_backward: lambda i, result: i == 3,
         linear_cross_entropy_forward: lambda i, result: i < 2,
         linear_cross_entropy_backward: lambda i, result: False,

@@ -12,7 +12,8 @@ LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
 _SEQUENCES = "Tensor? lengths, Tensor? batch_sizes, Tensor? reset_mask"
 # q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv), or packed (rows, H, D) with q_starts and k_starts (B + 1,)
 # int64. keep (bool) and bias (dtype of q) have 4 dimensions that broadcast against (B, Hq, Tq, Tk), slopes such against
-# (B, Hq, 1, 1). softcap 0: none; left, right -1: unlimited. lse is (B, Hq, Tq), packed (Hq, rows).
+# (B, Hq, 1, 1). softcap 0: none; left, right -1: unlimited. lse is (B, Hq, Tq), packed (Hq, rows). weights, not for
+# packed rows, are (B, Hq, Tq, Tk), dropped ones 0, or their average over heads (B, Tq, Tk).
 _ATTENTION = (
     "Tensor? keep, Tensor? bias, Tensor? slopes, Tensor? kv_lengths, Tensor? q_starts, Tensor? k_starts, Tensor? seed,"
     " float scale, float softcap, float dropout, bool lower_right, int left, int right"
@@ -36,6 +37,8 @@ SCHEMAS = (
     " bool need_weights, bool need_bias)"
     " -> (Tensor grad_x, Tensor grad_h0, Tensor grad_c0, Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_bias)",
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_ATTENTION}) -> (Tensor output, Tensor lse)",
+    f"attention_weights_forward(Tensor q, Tensor k, Tensor v, {_ATTENTION}, bool average)"
+    " -> (Tensor output, Tensor lse, Tensor weights)",
     "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor output, Tensor lse,"
     f" {_ATTENTION}, bool need_bias) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias)",
     f"linear_cross_entropy_forward({_CROSS_ENTROPY}, int ignore_index, float label_smoothing, int reduction, {_NEEDED})"

@@ -1,14 +1,26 @@
-"""Softmax attention: public functions, shape (fake) functions and autograd."""
+"""Softmax attention: the public functions."""
 
 import math
 from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from fastlm.ops import _common, reference
+from fastlm.ops import _common
+from fastlm.ops._attention_checks import (
+    NAMES,
+    UNLIMITED,
+    check_dense,
+    check_heads_broadcast,
+    check_mask,
+    check_sinks,
+    check_slopes,
+    check_tensors,
+    checked_numbers,
+    default_scale,
+)
+from fastlm.ops._attention_op import ATTENTION, Options, are_plain, run
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -16,34 +28,7 @@ if TYPE_CHECKING:
     from fastlm.ops._attention_types import AttentionOptions, ScoreOptions
 
 _Lengths = Tensor | list[int]
-
-_forward = torch.ops.fastlm.attention_forward.default
-_backward = torch.ops.fastlm.attention_backward.default
-_forward_plain = partial(_common.call, _forward, False)
-_CAUSAL = (None, "upper_left", "lower_right")
-# Of q, k, v and mask, in errors: what the caller's function calls them.
-_NAMES = ("q", "k", "v", "mask")
 _TORCHS_NAMES = ("query", "key", "value", "attn_mask")
-_UNLIMITED = -1
-_FAR = 2**60  # a larger window is this one: sums with positions stay within 64 bits
-
-
-class _Options(NamedTuple):
-    """What follows q, k and v in the op."""
-
-    keep: Tensor | None = None
-    bias: Tensor | None = None
-    slopes: Tensor | None = None
-    kv_lengths: Tensor | None = None
-    q_starts: Tensor | None = None
-    k_starts: Tensor | None = None
-    seed: Tensor | None = None
-    scale: float = 1.0
-    softcap: float = 0.0
-    dropout: float = 0.0
-    lower_right: bool = False
-    left: int = _UNLIMITED
-    right: int = _UNLIMITED
 
 
 def scaled_dot_product_attention(
@@ -79,7 +64,7 @@ def scaled_dot_product_attention(
         ValueError: shapes, dtypes or devices disagree, or a number is out of range.
         TypeError: an argument is no Tensor.
     """
-    plain = attn_mask is None and not dropout_p and _is_plain(query, key, value)
+    plain = attn_mask is None and not dropout_p and are_plain(query, key, value)
     if plain and (enable_gqa or query.shape[1] == key.shape[1]):
         try:
             return _plain(query, key, value, is_causal, scale)
@@ -90,7 +75,7 @@ def scaled_dot_product_attention(
     for name, tensor in tensors.items():
         if tensor.dim() < 2:
             raise ValueError(f"{name}: expected at least 2 dimensions, got shape {tuple(tensor.shape)}")
-    _check_heads_broadcast(tensors, enable_gqa)
+    check_heads_broadcast(tensors, enable_gqa)
     q, k, v, batch = _four_dims(query, key, value)
     mask = None if attn_mask is None else _mask_of_four_dims(attn_mask, batch, (q.shape[-2], k.shape[-2]))
     causal = "upper_left" if is_causal else None
@@ -99,24 +84,12 @@ def scaled_dot_product_attention(
     return output.reshape(*batch, *output.shape[-2:])  # type: ignore[union-attr]
 
 
-def _check_heads_broadcast(tensors: dict[str, Tensor], enable_gqa: bool) -> None:
-    """Heads of size 1 broadcast, as in torch; with enable_gqa those of query are another matter."""
-    counts = {name: tensor.shape[-3] for name, tensor in tensors.items() if tensor.dim() > 2 and tensor.shape[-3] != 1}
-    if enable_gqa:
-        counts.pop("query", None)
-    for name, count in counts.items():
-        first, expected = next(iter(counts.items()))
-        if count != expected:
-            without = "" if enable_gqa else " without enable_gqa"
-            raise ValueError(f"{name}: expected {expected} heads (those of {first}){without}, got {count}")
-
-
 def _plain(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None) -> Tensor:
     """The common case, with no checks but the op's: a call for a single token would feel them."""
-    right = 0 if is_causal else _UNLIMITED
-    run = _recorded if _common.requires_grad(q, k, v) else _forward_plain
-    scale = _default_scale(q) if scale is None else scale
-    options = (None, None, None, None, None, None, None, scale, 0.0, 0.0, False, _UNLIMITED, right)
+    right = 0 if is_causal else UNLIMITED
+    run = ATTENTION.recorded if _common.requires_grad(q, k, v) else ATTENTION.plain
+    scale = default_scale(q) if scale is None else scale
+    options = (None, None, None, None, None, None, None, scale, 0.0, 0.0, False, UNLIMITED, right)
     return run(q, k, v, *options)[0]
 
 
@@ -254,7 +227,7 @@ def checked_attention(
     *,
     mask: Tensor | None = None,
     causal: str | None = None,
-    window: tuple[int, int] = (_UNLIMITED, _UNLIMITED),
+    window: tuple[int, int] = (UNLIMITED, UNLIMITED),
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
@@ -264,50 +237,34 @@ def checked_attention(
     return_lse: bool = False,
     seed: Tensor | None = None,
     bias: Tensor | None = None,
-    names: tuple[str, str, str, str] = _NAMES,
+    names: tuple[str, str, str, str] = NAMES,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention`, with dropout's seed, a float mask besides a bool one, and what errors call q, k, v and mask."""
-    plain = _is_plain(q, k, v)  # the op then checks these itself: a call for a single token would feel it
+    plain = are_plain(q, k, v)  # the op then checks these itself: a call for a single token would feel it
     if not plain:
-        _check_dense((q, k, v), names)
+        check_dense((q, k, v), names)
     batch, q_heads, q_len, _ = q.shape
     keep = added = None
     if mask is not None or bias is not None:
         full = (batch, q_heads, q_len, k.shape[2])
-        keep, added = _check_mask(mask, q, full, names)
+        keep, added = check_mask(mask, q, full, names)
         if bias is not None:
-            added = _check_mask(bias, q, full, names)[1]
+            added = check_mask(bias, q, full, names)[1]
     if kv_lengths is not None:
         kv_lengths = _common.integers("kv_lengths", kv_lengths)
         _common.check_shape("kv_lengths", kv_lengths, (batch,), "(B,)")
-    slopes = None if alibi_slopes is None else _check_slopes(alibi_slopes, q, batch, q_heads)
-    numbers = _numbers(q, causal, window, scale, softcap, dropout_p)
+    slopes = None if alibi_slopes is None else check_slopes(alibi_slopes, q, batch, q_heads)
+    numbers = checked_numbers(q, causal, window, scale, softcap, dropout_p)
     if dropout_p and seed is None:
         seed = _common.draw_seed()
-    options = _Options(keep, added, slopes, kv_lengths, None, None, seed, *numbers)
-    sinks = None if sinks is None else _check_sinks(sinks, q, q_heads)
+    options = Options(keep, added, slopes, kv_lengths, None, None, seed, *numbers)
+    sinks = None if sinks is None else check_sinks(sinks, q, q_heads)
     try:
         return _attend(q, k, v, options, sinks, return_lse, plain)
     except (RuntimeError, ValueError):
         if plain:
-            _check_dense((q, k, v), names)  # says it by the argument's name
+            check_dense((q, k, v), names)  # says it by the argument's name
         raise
-
-
-def _is_plain(q: Any, k: Any, v: Any) -> bool:
-    """True where nothing but the kernel can be meant, on tensors of 4 dimensions."""
-    if k is None or v is None or not _common.is_plain(q, k, v):
-        return False
-    return q.dim() == 4 and k.dim() == 4 and v.dim() == 4
-
-
-def _check_dense(tensors: tuple[Any, Any, Any], names: Sequence[str]) -> None:
-    _check_tensors(tensors, names, 4, "(B, H, T, D)")
-    q, k, v = tensors
-    if q.shape[0] != k.shape[0]:
-        raise ValueError(f"{names[1]}: expected batch {q.shape[0]} (that of {names[0]}), got {k.shape[0]}")
-    if k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"{names[2]}: expected shape (B, Hkv, Tk, Dv) = {(*k.shape[:3], 'Dv')}, got {tuple(v.shape)}")
 
 
 @overload
@@ -395,7 +352,7 @@ def attention_varlen(
         ValueError: shapes, dtypes or devices disagree, cu_seqlens does not rise or goes beyond the rows.
         TypeError: an argument has the wrong type.
     """
-    _check_tensors((q, k, v), _NAMES, 3, "(total, H, D)")
+    check_tensors((q, k, v), NAMES, 3, "(total, H, D)")
     if k.shape[:2] != v.shape[:2]:
         raise ValueError(f"v: expected shape (total_k, Hkv, Dv) = {(*k.shape[:2], 'Dv')}, got {tuple(v.shape)}")
     q_starts = _common.integers("cu_seqlens_q", cu_seqlens_q)
@@ -407,136 +364,21 @@ def attention_varlen(
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if longest is not None and (not isinstance(longest, int | torch.SymInt) or longest < 0):
             raise ValueError(f"{name}: expected an int of at least 0, got {longest!r}")
-    slopes = _check_slopes(alibi_slopes, q, q_starts.shape[0] - 1, q.shape[1])
-    numbers = _numbers(q, causal, window, scale, softcap, dropout_p)
+    slopes = check_slopes(alibi_slopes, q, q_starts.shape[0] - 1, q.shape[1])
+    numbers = checked_numbers(q, causal, window, scale, softcap, dropout_p)
     seed = _common.draw_seed() if dropout_p else None
-    options = _Options(None, None, slopes, None, q_starts, k_starts, seed, *numbers)
+    options = Options(None, None, slopes, None, q_starts, k_starts, seed, *numbers)
     plain = _common.is_plain(q, k, v)
-    return _attend(q, k, v, options, _check_sinks(sinks, q, q.shape[1]), return_lse, plain)
-
-
-def _check_tensors(tensors: tuple[Any, Any, Any], names: Sequence[str], rank: int, layout: str) -> None:
-    """What q, k and v, called `names`, have in common; heads are dimension 1."""
-    for name, tensor in zip(names, tensors, strict=False):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
-        if tensor.dim() != rank:
-            raise ValueError(f"{name}: expected {rank} dimensions {layout}, got shape {tuple(tensor.shape)}")
-    _common.check_same(dict(zip(names, tensors, strict=False)))
-    q, k, _ = tensors
-    if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"{names[1]}: expected D = {q.shape[-1]} (that of {names[0]}), got {k.shape[-1]}")
-    q_heads, kv_heads = q.shape[1], k.shape[1]
-    if q_heads % kv_heads if kv_heads else q_heads:
-        raise ValueError(f"{names[1]}: expected a number of heads that divides {names[0]}'s {q_heads}, got {kv_heads}")
-
-
-def _check_mask(
-    mask: Any, q: Tensor, full: tuple[int, ...], names: Sequence[str]
-) -> tuple[Tensor | None, Tensor | None]:
-    """The mask as keep (bool) or bias (floating), with 4 dimensions."""
-    if mask is None:
-        return None, None
-    of, _, _, name = names
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(mask).__name__}")
-    if mask.dtype not in (torch.bool, q.dtype, torch.float32):
-        allowed = f"torch.bool, {q.dtype} (that of {of}) or torch.float32"
-        raise ValueError(f"{name}: expected dtype {allowed}, got {mask.dtype}")
-    if mask.device != q.device:
-        raise ValueError(f"{name}: expected device {q.device} (that of {of}), got {mask.device}")
-    sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-    if mask.dim() > 4 or any(size not in (1, whole) for size, whole in zip(sizes, full, strict=False)):
-        raise ValueError(
-            f"{name}: expected a shape that broadcasts to (B, Hq, Tq, Tk) = {tuple(full)}, got {tuple(mask.shape)}"
-        )
-    mask = mask.reshape(sizes) if mask.dim() < 4 else mask
-    return (mask, None) if mask.dtype == torch.bool else (None, mask.to(q.dtype))
-
-
-def _check_slopes(slopes: Any, q: Tensor, batch: int, heads: int) -> Tensor | None:
-    """alibi_slopes as (B or 1, Hq, 1, 1)."""
-    if slopes is None:
-        return None
-    if not isinstance(slopes, Tensor):
-        raise TypeError(f"alibi_slopes: expected a Tensor, got {type(slopes).__name__}")
-    if slopes.requires_grad:
-        raise ValueError(
-            "alibi_slopes: expected a Tensor without requires_grad (they get no gradient), got one with it"
-        )
-    if tuple(slopes.shape) not in ((heads,), (batch, heads)):
-        raise ValueError(
-            f"alibi_slopes: expected shape (Hq,) = ({heads},) or (B, Hq) = ({batch}, {heads}), "
-            f"got {tuple(slopes.shape)}"
-        )
-    if not slopes.is_floating_point():
-        raise ValueError(f"alibi_slopes: expected a floating-point dtype, got {slopes.dtype}")
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    slopes = slopes.to(q.device, dtype)[..., None, None]
-    return slopes if slopes.dim() == 4 else slopes[None]
-
-
-def _check_sinks(sinks: Any, q: Tensor, heads: int) -> Tensor | None:
-    if sinks is None:
-        return None
-    if not isinstance(sinks, Tensor):
-        raise TypeError(f"sinks: expected a Tensor, got {type(sinks).__name__}")
-    _common.check_shape("sinks", sinks, (heads,), "(Hq,)")
-    if not sinks.is_floating_point():
-        raise ValueError(f"sinks: expected a floating-point dtype, got {sinks.dtype}")
-    if sinks.device != q.device:
-        raise ValueError(f"sinks: expected device {q.device} (that of q), got {sinks.device}")
-    return sinks
-
-
-def _numbers(
-    q: Tensor, causal: Any, window: Any, scale: Any, softcap: Any, dropout_p: Any
-) -> tuple[float, float, float, bool, int, int]:
-    """The op's numbers, from scale on."""
-    if causal not in _CAUSAL:
-        raise ValueError(f"causal: expected None, 'upper_left' or 'lower_right', got {causal!r}")
-    if not (isinstance(window, tuple | list) and len(window) == 2 and all(isinstance(n, int) for n in window)):
-        raise TypeError(f"window: expected two whole numbers (left, right), got {window!r}")
-    left, right = window
-    if left < _UNLIMITED or right < _UNLIMITED:
-        raise ValueError(f"window: expected numbers of at least 0, or -1 for unlimited, got {tuple(window)}")
-    if not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p: expected a number from 0 to 1, got {dropout_p!r}")
-    scale = _default_scale(q) if scale is None else _number("scale", scale, q)
-    softcap = 0.0 if softcap is None else _number("softcap", softcap, q)
-    if softcap < 0:
-        raise ValueError(f"softcap: expected a number above 0, or None, got {softcap!r}")
-    if causal is not None:
-        right = 0 if right == _UNLIMITED else min(right, 0)
-    return scale, softcap, float(dropout_p), causal == "lower_right", min(left, _FAR), min(right, _FAR)
-
-
-def _number(name: str, value: Any, q: Tensor) -> float:
-    """A number that the arithmetic on q can hold."""
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise ValueError(f"{name}: expected a number (it gets no gradient), got a Tensor that requires one")
-    try:
-        number = float(value + 0)  # no text
-    except (OverflowError, RuntimeError, TypeError, ValueError):
-        raise TypeError(f"{name}: expected a number, got {value!r}") from None
-    dtype = _common.compute_dtype(q.dtype) if q.is_floating_point() else torch.float64
-    if not abs(number) <= torch.finfo(dtype).max:
-        raise ValueError(f"{name}: expected a number that {dtype} can hold, got {value!r}")
-    return number
-
-
-def _default_scale(q: Tensor) -> float:
-    width = q.shape[-1]
-    return 1 / math.sqrt(width) if width else 1.0
+    return _attend(q, k, v, options, check_sinks(sinks, q, q.shape[1]), return_lse, plain)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, options: _Options, sinks: Tensor | None, return_lse: bool, plain: bool
+    q: Tensor, k: Tensor, v: Tensor, options: Options, sinks: Tensor | None, return_lse: bool, plain: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """plain: q, k and v are (the bias has q's dtype and device, so that it is as well)."""
     if return_lse not in (True, False):
         raise TypeError(f"return_lse: expected True or False, got {return_lse!r}")
-    output, lse = _run(q, k, v, options, plain)
+    output, lse = run(ATTENTION, q, k, v, options, plain=plain)
     if sinks is not None:
         # The sink joins the sum of exponentials: a factor exp(lse) / (exp(lse) + exp(sink)) for all weights of a row.
         packed = options.q_starts is not None
@@ -554,82 +396,3 @@ def _attend(
 def share_beside_sink(lse: Tensor, sink: Tensor) -> Tensor:
     """What of a row's weights is left beside a sink; 0 for a row that sees nothing, whatever the sink."""
     return torch.sigmoid((lse - sink).masked_fill(lse == -torch.inf, -torch.inf))
-
-
-def _run(q: Tensor, k: Tensor, v: Tensor, options: _Options, plain: bool) -> tuple[Tensor, Tensor]:
-    bias = options.bias
-    if plain and (bias is None or _common.is_plain(q, bias)):
-        record = _common.requires_grad(q, k, v, bias)
-        return (_recorded if record else _forward_plain)(q, k, v, *options)  # type: ignore[return-value]
-    (q, k, v, bias), kernel = _common.plan("attention", (q, k, v, bias))
-    options = options._replace(bias=bias)
-    if not kernel:
-        with _common.without_autocast(q):
-            return reference.attention(q, k, v, *options)
-    return _common.call(_forward, _common.requires_grad(q, k, v, bias), q, k, v, *options)
-
-
-def empty_heads(like: Tensor, width: int | torch.SymInt) -> Tensor:
-    """An empty (B, H, T, width), packed (rows, H, width), in memory in the order of like's dimensions."""
-    if like.dim() == 3 or like.stride(1) >= like.stride(2):
-        return like.new_empty((*like.shape[:-1], width))
-    batch, heads, rows, _ = like.shape
-    return like.new_empty((batch, rows, heads, width)).transpose(1, 2)
-
-
-@torch.library.register_fake("fastlm::attention_forward")
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    lse = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]
-    return empty_heads(q, v.shape[-1]), q.new_empty(lse, dtype=_common.compute_dtype(q.dtype))
-
-
-@torch.library.register_fake("fastlm::attention_backward")
-def _backward_fake(
-    grad_output: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    keep: Tensor | None,
-    bias: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    need_bias = options[-1] and bias is not None
-    grad_bias = q.new_empty(bias.shape if need_bias else (0,), dtype=_common.compute_dtype(q.dtype))  # type: ignore[union-attr]
-    return (*(empty_heads(tensor, tensor.shape[-1]) for tensor in (q, k, v)), grad_bias)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    options = _Options(*inputs[3:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:3], *options[:7], *output)
-    ctx.numbers = options[7:]
-
-
-def _autograd_backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    *inputs, output, lse = ctx.saved_tensors
-    q, k, v, *tensors = inputs
-    options = _Options(*tensors, *ctx.numbers)
-    nothing = (None,) * (len(_Options._fields) + 3)
-    if grad_output is None and grad_lse is None:
-        return nothing
-    needed = (*ctx.needs_input_grad[:3], ctx.needs_input_grad[4])
-    if torch.is_grad_enabled():
-
-        def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-            return reference.attention(q, k, v, *options._replace(bias=bias))
-
-        grads = _common.composed_grads(run, (q, k, v, options.bias), (grad_output, grad_lse), needed)
-    else:
-        grad_output = torch.zeros_like(output) if grad_output is None else grad_output
-        grads = _common.call(_backward, False, grad_output, grad_lse, q, k, v, output, lse, *options, needed[3])
-    grad_q, grad_k, grad_v, grad_bias = (grad if need else None for grad, need in zip(grads, needed, strict=True))
-    if grad_bias is not None:
-        grad_bias = grad_bias.to(q.dtype)
-    return (grad_q, grad_k, grad_v, None, grad_bias, *nothing[5:])
-
-
-torch.library.register_autograd("fastlm::attention_forward", _autograd_backward, setup_context=_setup_context)
-_recorded = _common.recorded(_forward, _setup_context, _autograd_backward)

@@ -1,95 +1,57 @@
-"""Attention that also gives its weights, in plain operations: what torch.nn.MultiheadAttention returns by default."""
+"""The op of attention that also gives its weights, as torch.nn.MultiheadAttention does by default."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlm import _trace
 from fastlm.ops import _common, reference
-from fastlm.ops.attention import checked_attention, empty_heads
+from fastlm.ops._attention_op import Options, Route, autograd_backward, forward_fake, setup_context
 
-_VALUES_IN_CACHE = 2**17  # scores that are worked on at a time
-
-
-def attention_with_weights(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    average: bool,
-    *,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """`attention`, and its weights (B, Hq, Tq, Tk), or their average over heads (B, Tq, Tk); heads of k are those of q.
-
-    Weights are those that met the values, dropped ones 0. They are made in plain operations: without gradients together
-    with the output, some heads at a time that stay in cache; else apart from the kernel's, for they are seldom used.
-    """
-    seen = _seen(q, k, mask, causal)
-    blind = None if seen is None else ~seen.any(-1, keepdim=True)
-    eager = _common.has_values(q, k, v)
-    if blind is not None and eager and not blind.any():
-        blind = None
-    bias = mask if mask is not None and mask.dtype != torch.bool else None
-    if bias is not None and not causal:
-        seen = None  # it hides by itself
-    if eager and not dropout_p and not _common.requires_grad(q, k, v, mask):
-        if _trace.calls is not None:
-            _trace.record("attention", "need_weights=True: weights are made in plain operations")
-        return _by_heads(q * scale, k, v, average, seen, blind, bias)
-    seed = _common.draw_seed() if dropout_p > 0 else None
-    options = {"causal": "upper_left" if causal else None, "scale": scale, "dropout_p": dropout_p, "seed": seed}
-    output = checked_attention(q, k, v, mask=mask, **options)  # type: ignore[arg-type]
-    assert isinstance(output, Tensor)
-    weights = _weights(q * scale, k, seen, blind, bias, output.dtype)
-    if seed is not None:
-        factors = reference.dropout_factors(seed, dropout_p, q.shape[:3], k.shape[2])
-        weights = weights * factors.to(q.device, weights.dtype)
-    return output, (weights.mean(1) if average else weights).to(output.dtype)
+_forward = torch.ops.fastlm.attention_weights_forward.default
+_Grads = tuple[Tensor | None, ...]
 
 
-def _seen(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
-    """Which keys a query sees, 4 dimensions that broadcast against (B, H, Tq, Tk), or None for all."""
-    seen = None
-    if mask is not None:
-        seen = mask if mask.dtype == torch.bool else mask != -torch.inf
-        seen = seen.view((1,) * (4 - seen.dim()) + seen.shape)
-    if causal:
-        triangle = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        seen = triangle[None, None] if seen is None else seen & triangle
-    return seen
+@torch.library.register_fake("fastlm::attention_weights_forward")
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *rest, average = options
+    heads = () if average else (q.shape[1],)
+    weights = q.new_empty((q.shape[0], *heads, q.shape[2], k.shape[2]))
+    return *forward_fake(q, k, v, *rest), weights
 
 
-def _weights(
-    q: Tensor, k: Tensor, seen: Tensor | None, blind: Tensor | None, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """Of q that is scaled, in the type of the arithmetic on dtype; blind: rows that see nothing, or None."""
-    scores = (q @ k.mT).to(_common.compute_dtype(dtype))
-    if bias is not None:
-        scores = scores + bias
-    if seen is not None:
-        scores = scores.masked_fill(~seen, -torch.inf)
-    if blind is None:
-        return torch.softmax(scores, -1)
-    # A softmax of nothing would be NaN, its gradient too.
-    return torch.softmax(scores.masked_fill(blind, 0), -1).masked_fill(blind, 0)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    setup_context(ctx, inputs[:-1], output[:2])
+    ctx.average = inputs[-1]
 
 
-def _by_heads(
-    q: Tensor, k: Tensor, v: Tensor, average: bool, seen: Tensor | None, blind: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    batch, heads, q_len, _ = q.shape
-    output, parts = empty_heads(q, v.shape[-1]), []
-    group = max(1, min(heads, _VALUES_IN_CACHE // max(1, batch * q_len * k.shape[2])))
-    for first in range(0, heads, group):
-        of = slice(first, first + group)
-        masks = [x if x is None or x.dim() < 4 or x.shape[1] == 1 else x[:, of] for x in (seen, blind, bias)]
-        some = _weights(q[:, of], k[:, of], masks[0], masks[1], masks[2], q.dtype)
-        output[:, of] = some.to(v.dtype) @ v[:, of]
-        if not average:
-            parts.append(some.to(q.dtype))
-            continue
-        total = some[:, 0] if some.shape[1] == 1 else some.sum(1)
-        parts = [parts[0].add_(total) if parts else total]
-    return output, parts[0].div_(heads).to(q.dtype) if average else torch.cat(parts, 1)
+def _autograd_backward(
+    ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, grad_weights: Tensor | None
+) -> _Grads:
+    grads = autograd_backward(ctx, grad_output, grad_lse)
+    if grad_weights is not None:
+        pairs = zip(grads, _grads_by_weights(ctx, grad_weights), strict=True)
+        grads = tuple(a if b is None else b if a is None else a + b for a, b in pairs)
+    return (*grads, None)
+
+
+def _grads_by_weights(ctx: Any, grad_weights: Tensor) -> _Grads:
+    """Of all inputs but `average`, in plain operations: few train on weights."""
+    q, k, v, *tensors = ctx.saved_tensors[:-2]
+    options = Options(*tensors, *ctx.numbers)
+
+    def run(q: Tensor, k: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        made = reference.attention_with_weights(q, k, v.detach(), *options._replace(bias=bias), ctx.average)
+        return made[2:]
+
+    needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4])
+    grad_q, grad_k, grad_bias = _common.composed_grads(run, (q, k, options.bias), (grad_weights,), needed)
+    return (grad_q, grad_k, None, None, grad_bias, *(None,) * (len(options) - 2))
+
+
+torch.library.register_autograd("fastlm::attention_weights_forward", _autograd_backward, setup_context=_setup_context)
+ATTENTION_WITH_WEIGHTS = Route(
+    _forward,
+    _common.recorded(_forward, _setup_context, _autograd_backward),
+    reference.attention_with_weights,
+)

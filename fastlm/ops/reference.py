@@ -262,7 +262,7 @@ def attention(
     numbers = (scale, softcap, lower_right, left, right)
     if q_starts is None or k_starts is None:
         factors = None if seed is None else dropout_factors(seed, dropout, q.shape[:3], k.shape[2])
-        output, lse = _attend(q, k, v, keep, bias, slopes, kv_lengths, factors, *numbers)
+        output, lse, _ = _attend(q, k, v, keep, bias, slopes, kv_lengths, factors, *numbers)
         return output.to(dtype), lse
     outputs, lses = [], []
     starts = [_checked_starts("q", q_starts, q.shape[0]), _checked_starts("k", k_starts, k.shape[0])]
@@ -273,13 +273,42 @@ def attention(
         if seed is not None:
             factors = dropout_factors(seed, dropout, (q.shape[1], q.shape[0]), keys_of_one.shape[2])
             factors = factors[:, starts[0][b] : starts[0][b + 1]]
-        output, lse = _attend(one, keys_of_one, values, None, None, slope, None, factors, *numbers)
+        output, lse, _ = _attend(one, keys_of_one, values, None, None, slope, None, factors, *numbers)
         outputs.append(output[0].transpose(0, 1))
         lses.append(lse[0])
     past = q.shape[0] - starts[0][-1]
     outputs.append(q.new_zeros(past, q.shape[1], v.shape[2]))
     lses.append(q.new_zeros(q.shape[1], past))
     return torch.cat(outputs).to(dtype), torch.cat(lses, 1)
+
+
+def attention_with_weights(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    kv_lengths: Tensor | None,
+    q_starts: Tensor | None,
+    k_starts: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout: float,
+    lower_right: bool,
+    left: int,
+    right: int,
+    average: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention`, and its weights (B, Hq, Tq, Tk), dropped ones 0, or their average over heads (B, Tq, Tk)."""
+    dtype = q.dtype
+    _check_key_lengths(k, kv_lengths)
+    q, k, v, bias = map(_widened, (q, k, v, bias))
+    factors = None if seed is None else dropout_factors(seed, dropout, q.shape[:3], k.shape[2])
+    numbers = (scale, softcap, lower_right, left, right)
+    output, lse, weights = _attend(q, k, v, keep, bias, slopes, kv_lengths, factors, *numbers)
+    return output.to(dtype), lse, (weights.mean(1) if average else weights).to(dtype)
 
 
 def _sequences(x: Tensor, starts: list[int]) -> list[Tensor]:
@@ -316,14 +345,14 @@ def _attend(
     kv_lengths: Tensor | None,
     factors: Tensor | None,
     *numbers: Any,
-) -> tuple[Tensor, Tensor]:
-    """One batch of sequences (B, H, T, D); factors: of weights, for dropout."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One batch of sequences (B, H, T, D): output, lse and weights; factors: of these, for dropout."""
     k, v = (keys_within(x, q.shape[1], kv_lengths) for x in (k, v))
     scores, _ = attention_scores(q, k, keep, bias, slopes, kv_lengths, *numbers)
     weights, lse = softmax(scores)
     if factors is not None:
         weights = weights * factors.to(weights.dtype)
-    return weights @ v, lse
+    return weights @ v, lse, weights
 
 
 def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,13 @@ def test_attention_counts_all_pairs(fake):
         assert _flops(run) == (2 + 5) * product
 
 
+def test_attention_that_gives_its_weights_counts_the_same():
+    attention = fastlm.nn.MultiheadAttention(8, 2)
+    x = torch.randn(5, 3, 8)
+    counts = [_flops(lambda need=need: attention(x, x, x, need_weights=need)[0].sum().backward()) for need in (0, 1)]
+    assert counts[0] == counts[1] > 0
+
+
 @pytest.mark.parametrize(("starts", "pairs"), [([0, 2, 5], 2 * 2 + 3 * 3), ([0, 5, 5], 25)])
 def test_packed_attention_counts_its_sequences(starts, pairs):
     q = torch.randn(5, 3, 8)

@@ -266,6 +266,13 @@ Bytes attention(const AttentionSizes& s, int options, const Pool& pool) {
   fill(f);
   f.output = heads(output.data(), s.q_heads, s.q_len, s.v_dim), f.lse = {lse.data(), lse_batch, lse_head, 1};
   cpu::attention_forward(f, pool.threads, pool.run);
+  std::vector<S> weights[2];  // of every head, and their average
+  for (const bool average : {false, true}) {
+    if (packed) break;
+    weights[average].resize(average ? scores / s.q_heads : scores);
+    f.weights = weights[average].data(), f.average = average;
+    cpu::attention_forward(f, pool.threads, pool.run);
+  }
   AttentionBackwardParams<S> b{};
   fill(b);
   b.grad_output = heads(grad.data(), s.q_heads, s.q_len, s.v_dim);
@@ -278,7 +285,7 @@ Bytes attention(const AttentionSizes& s, int options, const Pool& pool) {
   if (b.bias.data) b.grad_bias = {grad_bias.data(), 0, s.q_len * s.k_len, s.k_len, 1};
   cpu::attention_backward(b, pool.threads, pool.run);
   Bytes results;
-  for (const auto& values : {output, grad_q, grad_k, grad_v}) add(results, values);
+  for (const auto& values : {output, grad_q, grad_k, grad_v, weights[0], weights[1]}) add(results, values);
   add(results, lse), add(results, grad_bias);
   return results;
 }

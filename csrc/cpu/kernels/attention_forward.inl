@@ -3,7 +3,8 @@
 //
 // An item is a range of queries of all query heads that share keys. It takes in the keys a chunk after another: packs
 // what of it some query sees, then for each tile of some queries makes the products with the keys, their
-// exponentials, and adds the products with the values to sums that stay in L2.
+// exponentials, and adds the products with the values to sums that stay in L2. Where weights are wanted a chunk is all
+// keys, so that they are known as soon as a row's exponentials are.
 #pragma once
 
 #include "cpu/kernels/attention_scores.inl"
@@ -27,18 +28,21 @@ class AttentionForward {
     T *sums, *scores, *factors;
     Softmax<T>* softmax;
     Seen* seen;  // of every tile, in the chunk at hand
+    T* given;    // weights to be returned
 
-    FASTLM_NOINLINE static Buffers take(Workspace& workspace, const AttentionParams<S>& p, int64_t rows) {
+    FASTLM_NOINLINE static Buffers take(Workspace& workspace, const AttentionForwardParams<S>& p, int64_t rows) {
+      const int64_t keys = chunk_keys(p);
       Buffers b;
-      b.key_panels = workspace.take<E>(kChunkKeys * panel_depth<E>(p.dim));
-      b.values = workspace.take<E>(kChunkKeys * row_stride<T>(p.v_dim));
+      b.key_panels = workspace.take<E>(keys * panel_depth<E>(p.dim));
+      b.values = workspace.take<E>(keys * row_stride<T>(p.v_dim));
       b.queries = workspace.take<E>(rows * row_stride<E>(p.dim));
-      b.weights = workspace.take<E>(kPairs<E> ? kRows * row_stride<E>(kChunkKeys) : 0);
+      b.weights = workspace.take<E>(kPairs<E> ? kRows * row_stride<E>(keys) : 0);
       b.sums = workspace.take<T>(rows * row_stride<T>(p.v_dim));
-      b.scores = workspace.take<T>(kRows * row_stride<T>(kChunkKeys));
-      b.factors = workspace.take<T>(kChunkKeys);
+      b.scores = workspace.take<T>(kRows * row_stride<T>(keys));
+      b.factors = workspace.take<T>(keys);
       b.softmax = workspace.take<Softmax<T>>(rows);
       b.seen = workspace.take<Seen>(rows);
+      b.given = workspace.take<T>(p.weights ? rows * row_stride<T>(keys) : 0);
       return b;
     }
   };
@@ -50,20 +54,33 @@ class AttentionForward {
         dropout_(Dropout::make(p.dropout, p.seed)),
         q_stride_(row_stride<E>(p.dim)),
         v_stride_(row_stride<T>(p.v_dim)),
-        s_stride_(row_stride<T>(kChunkKeys)) {}
+        keys_(chunk_keys(p)),
+        s_stride_(row_stride<T>(keys_)),
+        w_stride_(row_stride<E>(keys_)) {}
 
   void run(const AttentionItem& item) {
     item_ = item;
     sequence_ = attention_sequence(p_, item.b);
     queries_ = item.end - item.begin;
     tiles_ = (queries_ + kRows - 1) / kRows;
-    start();
-    const int64_t last = reach().end;
-    for (int64_t first = reach().begin / kChunkKeys * kChunkKeys; first < last; first += kChunkKeys) chunk(first);
-    finish();
+    if (!p_.weights) return kv_head();
+    std::fill_n(buffers_.given, (p_.average ? 1 : group_) * queries_ * s_stride_, T(0));
+    const int64_t last = p_.average ? p_.kv_heads : item.kv_head + 1;
+    for (; item_.kv_head < last; ++item_.kv_head) kv_head();
+    item_ = item;
+    write_weights();
   }
 
  private:
+  static int64_t chunk_keys(const AttentionForwardParams<S>& p) {
+    return p.weights ? (p.k_len / kCols<T> + 1) * kCols<T> : kChunkKeys;
+  }
+  void kv_head() {
+    start();
+    const int64_t last = reach().end;
+    for (int64_t first = reach().begin / keys_ * keys_; first < last; first += keys_) chunk(first);
+    finish();
+  }
   int64_t head(int64_t g) const { return item_.kv_head * group_ + g; }
   HeadScores<S> scores(int64_t g) const { return {p_, sequence_, item_.b, head(g)}; }
   // Tile t's queries, counted from the item's first.
@@ -84,8 +101,8 @@ class AttentionForward {
   }
 
   void chunk(int64_t first) {
-    const int64_t last = std::min(first + kChunkKeys, sequence_.k_len);
-    Keys needed{kChunkKeys, 0};
+    const int64_t last = std::min(first + keys_, sequence_.k_len);
+    Keys needed{keys_, 0};
     for (int64_t g = 0; g < group_; ++g) {
       const auto rule = scores(g);
       for (int64_t t = 0; t < tiles_; ++t) {
@@ -100,8 +117,7 @@ class AttentionForward {
     for (int64_t g = 0; g < group_; ++g) {
       const auto rule = scores(g);
       for (int64_t t = 0; t < tiles_; ++t)
-        if (!buffers_.seen[g * tiles_ + t].keys.empty())
-          attend(rule, g, tile(t), first, buffers_.seen[g * tiles_ + t].keys, buffers_.seen[g * tiles_ + t].masked);
+        if (const Seen seen = buffers_.seen[g * tiles_ + t]; !seen.keys.empty()) attend(rule, g, tile(t), first, seen);
     }
   }
 
@@ -112,8 +128,9 @@ class AttentionForward {
                buffers_.values + begin * v_stride_, v_stride_);
   }
 
-  // One tile of queries of head g with `keys` of the chunk from `first` on.
-  void attend(const HeadScores<S>& rule, int64_t g, Team::Range tile, int64_t first, Keys keys, bool masked) {
+  // One tile of queries of head g with what it sees of the chunk from `first` on.
+  void attend(const HeadScores<S>& rule, int64_t g, Team::Range tile, int64_t first, Seen seen) {
+    const Keys keys = seen.keys;
     const int64_t rows = tile.end - tile.begin, place = g * queries_ + tile.begin;
     const int64_t panel = keys.begin / kCols<T> * kCols<T>, begin = lanes_down<T>(keys.begin),
                   end = lanes_up<T>(keys.end), depth = panel_depth<E>(p_.dim);
@@ -124,7 +141,7 @@ class AttentionForward {
         PanelProduct<E>{buffers_.queries + place * q_stride_, q_stride_, buffers_.key_panels + panel * depth,
                         kPairing<E> * kCols<T>, kCols<T> * depth, s + panel, s_stride_},
         false);
-    const E* weights = weigh(rule, g, tile, first, keys, masked);
+    const E* weights = weigh(rule, g, tile, first, seen);
     multiply<false>(
         rows, keys.end - begin, p_.v_dim,
         PanelProduct<E>{weights + begin, kPairs<E> ? w_stride_ : s_stride_, buffers_.values + begin * v_stride_,
@@ -133,7 +150,8 @@ class AttentionForward {
   }
 
   // Scores of a tile become weights, zero where nothing is seen, and the sums so far are made to match.
-  const E* weigh(const HeadScores<S>& rule, int64_t g, Team::Range tile, int64_t first, Keys keys, bool masked) {
+  const E* weigh(const HeadScores<S>& rule, int64_t g, Team::Range tile, int64_t first, Seen seen) {
+    const auto [keys, masked] = seen;
     const int64_t begin = lanes_down<T>(keys.begin), end = lanes_up<T>(keys.end);
     E* weights;
     if constexpr (kPairs<E>)
@@ -154,8 +172,18 @@ class AttentionForward {
       if (!rule.plain(masked)) rule.transform(query, first, here, masked, row, nullptr);
       const T factor = add(buffers_.softmax[place], row, here, rule.factor(), g, query, first, to);
       if (factor != T(1)) scale_row(buffers_.sums + place * v_stride_, factor);
+      if (p_.weights) give(to, here, buffers_.softmax[place].sum, p_.average ? query - item_.begin : place);
     }
     return weights;
+  }
+
+  // Exponentials of a row over their sum are added to weights that are to be returned.
+  void give(const E* exponentials, Keys keys, T sum, int64_t place) const {
+    if (sum == 0) return;
+    const V factor = V::broadcast(1 / (p_.average ? sum * static_cast<T>(p_.q_heads) : sum));
+    T* to = buffers_.given + place * s_stride_;
+    for (int64_t i = lanes_down<T>(keys.begin); i < keys.end; i += V::kLanes)
+      fma(load_as<V>(exponentials + i, V::kLanes), factor, V::load(to + i)).store(to + i);
   }
 
   // Weights of the scores of one row, as the products with the values take them.
@@ -197,6 +225,18 @@ class AttentionForward {
     }
   }
 
+  void write_weights() const {
+    const int64_t heads = p_.average ? 1 : p_.q_heads;
+    for (int64_t g = 0; g < (p_.average ? 1 : group_); ++g) {
+      const int64_t first = (item_.b * heads + (p_.average ? 0 : head(g))) * p_.q_len + item_.begin;
+      for (int64_t i = 0; i < queries_; ++i) {
+        const T* from = buffers_.given + (g * queries_ + i) * s_stride_;
+        S* to = p_.weights + (first + i) * p_.k_len;
+        for (int64_t n = 0; n < p_.k_len; n += V::kLanes) store_as(V::load(from + n), to + n, p_.k_len - n);
+      }
+    }
+  }
+
  public:
   // Divides a query's sums by the sum of its exponentials; returns the logarithm.
   static T write_attended(const Softmax<T>& softmax, const HeadScores<S>& rule, const T* sums, int64_t v_dim, S* to) {
@@ -212,7 +252,8 @@ class AttentionForward {
   const Buffers buffers_;
   const int64_t group_;
   const Dropout dropout_;
-  const int64_t q_stride_, v_stride_, s_stride_, w_stride_ = row_stride<E>(kChunkKeys);
+  const int64_t q_stride_, v_stride_;
+  const int64_t keys_, s_stride_, w_stride_;  // of a chunk
   AttentionItem item_{};
   AttentionSequence sequence_{};
   int64_t queries_ = 0, tiles_ = 0;
