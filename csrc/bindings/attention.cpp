@@ -185,21 +185,21 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const AttentionCall& call, do
   return {output, lse};
 }
 
-std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                             const OptionalTensor& keep, const OptionalTensor& bias,
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
+                                             int64_t right, const OptionalTensor& keep, const OptionalTensor& bias,
                                              const OptionalTensor& slopes, const OptionalTensor& kv_lengths,
                                              const OptionalTensor& q_starts, const OptionalTensor& k_starts,
-                                             const OptionalTensor& seed, double scale, double softcap, double dropout,
-                                             bool lower_right, int64_t left, int64_t right) {
+                                             const OptionalTensor& seed, double softcap, double dropout,
+                                             bool lower_right, int64_t left) {
   const AttentionCall call(q, k, v, keep, bias, slopes, kv_lengths, q_starts, k_starts, seed);
   return attend(q, call, scale, softcap, dropout, lower_right, left, right, [](auto&) {});
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_weights_forward(
-    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& keep, const OptionalTensor& bias,
-    const OptionalTensor& slopes, const OptionalTensor& kv_lengths, const OptionalTensor& q_starts,
-    const OptionalTensor& k_starts, const OptionalTensor& seed, double scale, double softcap, double dropout,
-    bool lower_right, int64_t left, int64_t right, bool average) {
+    const Tensor& q, const Tensor& k, const Tensor& v, double scale, int64_t right, const OptionalTensor& keep,
+    const OptionalTensor& bias, const OptionalTensor& slopes, const OptionalTensor& kv_lengths,
+    const OptionalTensor& q_starts, const OptionalTensor& k_starts, const OptionalTensor& seed, double softcap,
+    double dropout, bool lower_right, int64_t left, bool average) {
   check(!q_starts && !k_starts, "q_starts: expected none, for packed sequences give no weights");
   const AttentionCall call(q, k, v, keep, bias, slopes, kv_lengths, q_starts, k_starts, seed);
   const Tensor weights = average ? empty(q, {call.batch, call.q_rows, call.k_rows})
@@ -213,10 +213,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_weights_forward(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_output_in, const OptionalTensor& grad_lse_in, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& output_in, const Tensor& lse_in, const OptionalTensor& keep, const OptionalTensor& bias,
-    const OptionalTensor& slopes, const OptionalTensor& kv_lengths, const OptionalTensor& q_starts,
-    const OptionalTensor& k_starts, const OptionalTensor& seed, double scale, double softcap, double dropout,
-    bool lower_right, int64_t left, int64_t right, bool need_bias) {
+    const Tensor& output_in, const Tensor& lse_in, double scale, int64_t right, const OptionalTensor& keep,
+    const OptionalTensor& bias, const OptionalTensor& slopes, const OptionalTensor& kv_lengths,
+    const OptionalTensor& q_starts, const OptionalTensor& k_starts, const OptionalTensor& seed, double softcap,
+    double dropout, bool lower_right, int64_t left, bool need_bias) {
   const AttentionCall call(q, k, v, keep, bias, slopes, kv_lengths, q_starts, k_starts, seed);
   const Shape rows = call.dims.shape(call.batch, call.q_heads, call.q_rows, call.v_dim);
   const ScalarType compute = compute_type(call.dtype);

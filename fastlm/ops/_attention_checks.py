@@ -110,10 +110,8 @@ def check_sinks(sinks: Any, q: Tensor, heads: int) -> Tensor | None:
     return sinks
 
 
-def checked_numbers(
-    q: Tensor, causal: Any, window: Any, scale: Any, softcap: Any, dropout_p: Any
-) -> tuple[float, float, float, bool, int, int]:
-    """The op's numbers, from scale on."""
+def checked_numbers(q: Tensor, causal: Any, window: Any, scale: Any, softcap: Any, dropout_p: Any) -> dict[str, Any]:
+    """The op's numbers, by their names in it."""
     if causal not in _CAUSAL:
         raise ValueError(f"causal: expected None, 'upper_left' or 'lower_right', got {causal!r}")
     if not (isinstance(window, tuple | list) and len(window) == 2 and all(isinstance(n, int) for n in window)):
@@ -129,7 +127,14 @@ def checked_numbers(
         raise ValueError(f"softcap: expected a number above 0, or None, got {softcap!r}")
     if causal is not None:
         right = 0 if right == UNLIMITED else min(right, 0)
-    return scale, softcap, float(dropout_p), causal == "lower_right", min(left, _FAR), min(right, _FAR)
+    return {
+        "scale": scale,
+        "right": min(right, _FAR),
+        "softcap": softcap,
+        "dropout": float(dropout_p),
+        "lower_right": causal == "lower_right",
+        "left": min(left, _FAR),
+    }
 
 
 def _number(name: str, value: Any, q: Tensor) -> float:

@@ -14,20 +14,19 @@ _backward = torch.ops.fastlm.attention_backward.default
 
 
 class Route(NamedTuple):
-    """An op's ways to be called: itself, recorded by autograd at little cost, and in plain operations."""
+    """An op's ways to be called: itself, at little cost without and with a record, and in plain operations."""
 
     op: Callable[..., Any]
+    unrecorded: Callable[..., Any]
     recorded: Callable[..., Any]
     reference: Callable[..., Any]
-
-    def plain(self, *arguments: Any) -> Any:
-        """Without a record."""
-        return _common.call(self.op, False, *arguments)
 
 
 class Options(NamedTuple):
     """What follows q, k and v in the op."""
 
+    scale: float = 1.0
+    right: int = UNLIMITED
     keep: Tensor | None = None
     bias: Tensor | None = None
     slopes: Tensor | None = None
@@ -35,12 +34,10 @@ class Options(NamedTuple):
     q_starts: Tensor | None = None
     k_starts: Tensor | None = None
     seed: Tensor | None = None
-    scale: float = 1.0
     softcap: float = 0.0
     dropout: float = 0.0
     lower_right: bool = False
     left: int = UNLIMITED
-    right: int = UNLIMITED
 
 
 def are_plain(q: Any, k: Any, v: Any) -> bool:
@@ -62,7 +59,7 @@ def module_options(
         keep, bias = check_mask(mask, q, (*q.shape[:3], k.shape[2]), NAMES)
     seed = _common.draw_seed() if dropout else None
     right = 0 if causal else UNLIMITED
-    return Options(keep, bias, None, None, None, None, seed, scale, 0.0, dropout, False, UNLIMITED, right), plain
+    return Options(scale, right, keep, bias, None, None, None, None, seed, 0.0, dropout), plain
 
 
 def run(route: Route, q: Tensor, k: Tensor, v: Tensor, options: Options, *more: Any, plain: bool) -> tuple[Tensor, ...]:
@@ -70,7 +67,7 @@ def run(route: Route, q: Tensor, k: Tensor, v: Tensor, options: Options, *more: 
     bias = options.bias
     if plain and (bias is None or _common.is_plain(q, bias)):
         record = _common.requires_grad(q, k, v, bias)
-        return (route.recorded if record else route.plain)(q, k, v, *options, *more)
+        return (route.recorded if record else route.unrecorded)(q, k, v, *options, *more)
     (q, k, v, bias), kernel = _common.plan("attention", (q, k, v, bias))
     options = options._replace(bias=bias)
     if not kernel:
@@ -102,30 +99,41 @@ def _backward_fake(
     v: Tensor,
     output: Tensor,
     lse: Tensor,
-    keep: Tensor | None,
-    bias: Tensor | None,
-    *options: Any,
+    *given: Any,
 ) -> tuple[Tensor, ...]:
-    need_bias = options[-1] and bias is not None
-    grad_bias = q.new_empty(bias.shape if need_bias else (0,), dtype=_common.compute_dtype(q.dtype))  # type: ignore[union-attr]
+    *options, need_bias = given if len(given) > len(Options._fields) else (*given, False)
+    bias = Options(*options).bias if need_bias else None
+    grad_bias = q.new_empty((0,) if bias is None else bias.shape, dtype=_common.compute_dtype(q.dtype))
     return (*(empty_heads(tensor, tensor.shape[-1]) for tensor in (q, k, v)), grad_bias)
 
 
+_TENSORS = slice(Options._fields.index("keep"), Options._fields.index("seed") + 1)
+_BIAS = 3 + Options._fields.index("bias")  # among the op's arguments
+
+
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    options = Options(*inputs[3:])
+    options = inputs[3:]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:3], *options[:7], *output)
-    ctx.numbers = options[7:]
+    ctx.save_for_backward(*inputs[:3], *options[_TENSORS], *output)
+    ctx.before, ctx.after = options[: _TENSORS.start], options[_TENSORS.stop :]
+
+
+def saved(ctx: Any) -> tuple[Tensor, Tensor, Tensor, Options, Tensor, Tensor]:
+    """q, k, v, the options, output and lse."""
+    q, k, v, *tensors, output, lse = ctx.saved_tensors
+    return q, k, v, Options(*ctx.before, *tensors, *ctx.after), output, lse
+
+
+def needs_bias(ctx: Any, options: Options) -> bool:
+    """Whether the bias needs a gradient; where there is none, its place may lack in a call by defaults."""
+    return options.bias is not None and ctx.needs_input_grad[_BIAS]
 
 
 def autograd_backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    *inputs, output, lse = ctx.saved_tensors
-    q, k, v, *tensors = inputs
-    options = Options(*tensors, *ctx.numbers)
-    nothing = (None,) * (len(Options._fields) + 3)
+    q, k, v, options, output, lse = saved(ctx)
     if grad_output is None and grad_lse is None:
-        return nothing
-    needed = (*ctx.needs_input_grad[:3], ctx.needs_input_grad[4])
+        return grads_of_inputs()
+    needed = (*ctx.needs_input_grad[:3], needs_bias(ctx, options))
     if torch.is_grad_enabled():
 
         def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -138,8 +146,25 @@ def autograd_backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | N
     grad_q, grad_k, grad_v, grad_bias = (grad if need else None for grad, need in zip(grads, needed, strict=True))
     if grad_bias is not None:
         grad_bias = grad_bias.to(q.dtype)
-    return (grad_q, grad_k, grad_v, None, grad_bias, *nothing[5:])
+    return grads_of_inputs(grad_q, grad_k, grad_v, grad_bias)
+
+
+def grads_of_inputs(
+    grad_q: Tensor | None = None,
+    grad_k: Tensor | None = None,
+    grad_v: Tensor | None = None,
+    grad_bias: Tensor | None = None,
+) -> tuple[Any, ...]:
+    """In the order of the op's arguments."""
+    grads = [grad_q, grad_k, grad_v, *(None,) * len(Options._fields)]
+    grads[_BIAS] = grad_bias
+    return tuple(grads)
 
 
 torch.library.register_autograd("fastlm::attention_forward", autograd_backward, setup_context=setup_context)
-ATTENTION = Route(_forward, _common.recorded(_forward, setup_context, autograd_backward), reference.attention)
+ATTENTION = Route(
+    _forward,
+    _common.unrecorded(_forward),
+    _common.recorded(_forward, setup_context, autograd_backward),
+    reference.attention,
+)

@@ -93,6 +93,11 @@ class Sequences(NamedTuple):
 ALL_STEPS = Sequences(None, None, None)
 
 
+def unless_default(sequences: Sequences, reverse: bool) -> tuple[Any, ...]:
+    """Arguments of a forward op; none where its defaults say the same, for each takes time."""
+    return () if sequences is ALL_STEPS and not reverse else (*sequences, reverse)
+
+
 def check_sequences(x: Any, lengths: Any, batch_sizes: Any, reset_mask: Any) -> Sequences:
     """Checks what a caller says about sequences; the values of lengths and batch_sizes are the kernel's to check.
 
@@ -286,6 +291,16 @@ def call(op: Callable[..., _R], record: bool, *args: object) -> _R:
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def unrecorded(op: Callable[..., _R]) -> Callable[..., _R]:
+    """`call` without a record, of tensors that `is_plain` holds of: with less around it."""
+
+    def run(*args: Any) -> _R:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return run
 
 
 def recorded(

@@ -53,11 +53,11 @@ _FORMULAS: dict[str, Callable[[Any], int]] = {
 }
 
 
-def _count(formula: Callable[[Any], int], names: list[str], *args: Any, out_val: Any) -> int:
-    return formula(SimpleNamespace(**dict(zip(names, args, strict=False))))
+def _count(formula: Callable[[Any], int], defaults: dict[str, Any], *args: Any, out_val: Any) -> int:
+    return formula(SimpleNamespace(**(defaults | dict(zip(defaults, args, strict=False)))))
 
 
 for _name, _formula in _FORMULAS.items():
     _op = getattr(torch.ops.fastlm, _name)
-    _arguments = [argument.name for argument in _op.default._schema.arguments]
-    register_flop_formula(_op, get_raw=True)(partial(_count, _formula, _arguments))
+    _defaults = {argument.name: argument.default_value for argument in _op.default._schema.arguments}
+    register_flop_formula(_op, get_raw=True)(partial(_count, _formula, _defaults))

@@ -87,10 +87,10 @@ def scaled_dot_product_attention(
 def _plain(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None) -> Tensor:
     """The common case, with no checks but the op's: a call for a single token would feel them."""
     right = 0 if is_causal else UNLIMITED
-    run = ATTENTION.recorded if _common.requires_grad(q, k, v) else ATTENTION.plain
     scale = default_scale(q) if scale is None else scale
-    options = (None, None, None, None, None, None, None, scale, 0.0, 0.0, False, UNLIMITED, right)
-    return run(q, k, v, *options)[0]
+    if _common.requires_grad(q, k, v):
+        return ATTENTION.recorded(q, k, v, *Options(scale, right))[0]
+    return ATTENTION.unrecorded(q, k, v, scale, right)[0]
 
 
 def _four_dims(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Sequence[int]]:
@@ -257,7 +257,7 @@ def checked_attention(
     numbers = checked_numbers(q, causal, window, scale, softcap, dropout_p)
     if dropout_p and seed is None:
         seed = _common.draw_seed()
-    options = Options(keep, added, slopes, kv_lengths, None, None, seed, *numbers)
+    options = Options(keep=keep, bias=added, slopes=slopes, kv_lengths=kv_lengths, seed=seed, **numbers)
     sinks = None if sinks is None else check_sinks(sinks, q, q_heads)
     try:
         return _attend(q, k, v, options, sinks, return_lse, plain)
@@ -367,7 +367,7 @@ def attention_varlen(
     slopes = check_slopes(alibi_slopes, q, q_starts.shape[0] - 1, q.shape[1])
     numbers = checked_numbers(q, causal, window, scale, softcap, dropout_p)
     seed = _common.draw_seed() if dropout_p else None
-    options = Options(None, None, slopes, None, q_starts, k_starts, seed, *numbers)
+    options = Options(slopes=slopes, q_starts=q_starts, k_starts=k_starts, seed=seed, **numbers)
     plain = _common.is_plain(q, k, v)
     return _attend(q, k, v, options, check_sinks(sinks, q, q.shape[1]), return_lse, plain)
 

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from fastlm.ops import _common, reference
-from fastlm.ops._attention_op import Options, Route, autograd_backward, forward_fake, setup_context
+from fastlm.ops._attention_op import (
+    Options,
+    Route,
+    autograd_backward,
+    forward_fake,
+    grads_of_inputs,
+    needs_bias,
+    saved,
+    setup_context,
+)
 
 _forward = torch.ops.fastlm.attention_weights_forward.default
 _Grads = tuple[Tensor | None, ...]
@@ -14,10 +23,10 @@ _Grads = tuple[Tensor | None, ...]
 
 @torch.library.register_fake("fastlm::attention_weights_forward")
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *rest, average = options
+    average = len(options) > len(Options._fields) and options[-1]
     heads = () if average else (q.shape[1],)
     weights = q.new_empty((q.shape[0], *heads, q.shape[2], k.shape[2]))
-    return *forward_fake(q, k, v, *rest), weights
+    return *forward_fake(q, k, v), weights
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -37,21 +46,21 @@ def _autograd_backward(
 
 def _grads_by_weights(ctx: Any, grad_weights: Tensor) -> _Grads:
     """Of all inputs but `average`, in plain operations: few train on weights."""
-    q, k, v, *tensors = ctx.saved_tensors[:-2]
-    options = Options(*tensors, *ctx.numbers)
+    q, k, v, options, _, _ = saved(ctx)
 
     def run(q: Tensor, k: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         made = reference.attention_with_weights(q, k, v.detach(), *options._replace(bias=bias), ctx.average)
         return made[2:]
 
-    needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[4])
+    needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], needs_bias(ctx, options))
     grad_q, grad_k, grad_bias = _common.composed_grads(run, (q, k, options.bias), (grad_weights,), needed)
-    return (grad_q, grad_k, None, None, grad_bias, *(None,) * (len(options) - 2))
+    return grads_of_inputs(grad_q, grad_k, None, grad_bias)
 
 
 torch.library.register_autograd("fastlm::attention_weights_forward", _autograd_backward, setup_context=_setup_context)
 ATTENTION_WITH_WEIGHTS = Route(
     _forward,
+    _common.unrecorded(_forward),
     _common.recorded(_forward, _setup_context, _autograd_backward),
     reference.attention_with_weights,
 )

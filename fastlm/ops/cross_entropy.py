@@ -1,6 +1,5 @@
 """The output layer of a language model with its loss: public function, shape (fake) functions and autograd."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from fastlm.ops import _common, reference
 
 _forward = torch.ops.fastlm.linear_cross_entropy_forward.default
 _backward = torch.ops.fastlm.linear_cross_entropy_backward.default
-_forward_plain = partial(_common.call, _forward, False)
+_unrecorded = _common.unrecorded(_forward)
 _REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -102,7 +101,7 @@ def _run(
 ) -> Tensor:
     """The kernel, of rows (R, D) and classes (R,)."""
     needed = (_common.requires_grad(rows), _common.requires_grad(weight), _common.requires_grad(bias))
-    run = _forward if torch.compiler.is_compiling() else _recorded if True in needed else _forward_plain
+    run = _forward if torch.compiler.is_compiling() else _recorded if True in needed else _unrecorded
     in_forward = (False,) * 3 if reduction == "none" else needed
     return run(rows, weight, bias, classes, ignore_index, label_smoothing, _REDUCTIONS.index(reduction), *in_forward)[0]
 

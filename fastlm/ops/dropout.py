@@ -1,6 +1,5 @@
 """Dropout: public function, shape (fake) function and autograd."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from fastlm.ops import _common, reference
 
 _op = torch.ops.fastlm.dropout.default
-_plain = partial(_common.call, _op, False)
+_unrecorded = _common.unrecorded(_op)
 
 
 def dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
@@ -55,7 +54,7 @@ def _order_in_memory(x: Tensor) -> list[int] | None:
 
 def _run(x: Tensor, seed: Tensor, p: float, plain: bool) -> Tensor:
     if plain:
-        return (_recorded if _common.requires_grad(x) else _plain)(x, seed, p)  # type: ignore[return-value]
+        return (_recorded if _common.requires_grad(x) else _unrecorded)(x, seed, p)  # type: ignore[return-value]
     # As torch's own it keeps its input's dtype under autocast.
     with _common.without_autocast(x):
         _, kernel = _common.plan("dropout", (x,))

@@ -1,6 +1,5 @@
 """GELU by tanh: public function, shape (fake) functions and autograd."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from fastlm.ops import _common, reference
 
 _forward = torch.ops.fastlm.gelu_forward.default
 _backward = torch.ops.fastlm.gelu_backward.default
-_forward_plain = partial(_common.call, _forward, False)
+_unrecorded = _common.unrecorded(_forward)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -31,7 +30,7 @@ def gelu(x: Tensor) -> Tensor:
     Hendrycks & Gimpel 2016 (arXiv:1606.08415).
     """
     if _common.is_plain(x):
-        return (_recorded if _common.requires_grad(x) else _forward_plain)(x)  # type: ignore[return-value]
+        return (_recorded if _common.requires_grad(x) else _unrecorded)(x)  # type: ignore[return-value]
     _common.check_same({"x": x})
     # As torch's own it keeps its input's dtype under autocast.
     with _common.without_autocast(x):

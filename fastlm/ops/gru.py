@@ -1,7 +1,6 @@
 """GRU operators: public functions, shape (fake) functions and autograd."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from fastlm.ops import _common, reference
 
 _forward = torch.ops.fastlm.gru_forward.default
 _backward = torch.ops.fastlm.gru_backward.default
-_forward_plain = partial(_common.call, _forward, False)
+_unrecorded = _common.unrecorded(_forward)
 
 
 def gru(
@@ -78,8 +77,10 @@ def layer(
     if _common.is_plain(x, h0, w_ih, w_hh, b_ih, b_hh):
         record = _common.requires_grad(x, h0, w_ih, w_hh, b_ih, b_hh)
         try:
-            run = _recorded if record else _forward_plain
-            return run(x, h0, w_ih, w_hh, b_ih, b_hh, *sequences, reverse, record)[:2]  # type: ignore[return-value]
+            if record:
+                return _recorded(x, h0, w_ih, w_hh, b_ih, b_hh, *sequences, reverse, True)[:2]  # type: ignore[return-value]
+            rest = _common.unless_default(sequences, reverse)
+            return _unrecorded(x, h0, w_ih, w_hh, b_ih, b_hh, *rest)[:2]
         except (RuntimeError, ValueError):
             _check(x, h0, w_ih, w_hh, b_ih, b_hh, sequences)  # says it by the argument's name
             raise
@@ -133,11 +134,11 @@ def _forward_fake(
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    reset_mask: Tensor | None,
-    reverse: bool,
-    save: bool,
+    lengths: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    reset_mask: Tensor | None = None,
+    reverse: bool = False,
+    save: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden = w_hh.shape[1]
     return (

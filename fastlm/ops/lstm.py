@@ -1,7 +1,6 @@
 """LSTM operators: public functions, shape (fake) functions and autograd."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from fastlm.ops import _common, reference
 
 _forward = torch.ops.fastlm.lstm_forward.default
 _backward = torch.ops.fastlm.lstm_backward.default
-_forward_plain = partial(_common.call, _forward, False)
+_unrecorded = _common.unrecorded(_forward)
 
 State = tuple[Tensor | None, Tensor | None] | None
 
@@ -89,8 +88,11 @@ def layer(
     if _common.is_plain(x, h0, c0, w_ih, w_hh, b_ih, b_hh):
         record = _common.requires_grad(x, h0, c0, w_ih, w_hh, b_ih, b_hh)
         try:
-            run = _recorded if record else _forward_plain
-            return run(x, h0, c0, w_ih, w_hh, b_ih, b_hh, *sequences, reverse, record, all_cells)[:4]  # type: ignore[return-value]
+            if record or all_cells:
+                run = _recorded if record else _unrecorded
+                return run(x, h0, c0, w_ih, w_hh, b_ih, b_hh, *sequences, reverse, record, all_cells)[:4]  # type: ignore[return-value]
+            rest = _common.unless_default(sequences, reverse)
+            return _unrecorded(x, h0, c0, w_ih, w_hh, b_ih, b_hh, *rest)[:4]
         except (RuntimeError, ValueError):
             _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh, sequences)  # says it by the argument's name
             raise
@@ -188,12 +190,12 @@ def _forward_fake(
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    reset_mask: Tensor | None,
-    reverse: bool,
-    save: bool,
-    all_cells: bool,
+    lengths: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    reset_mask: Tensor | None = None,
+    reverse: bool = False,
+    save: bool = False,
+    all_cells: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     hidden = w_hh.shape[1]
     output_shape = (*x.shape[:-1], hidden)

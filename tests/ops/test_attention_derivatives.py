@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.autograd.functional import jacobian
 
 import fastlm
-from fastlm.ops._attention_op import Route
+from fastlm.ops._attention_op import Options, Route
 from tests.attention import Attention, make_attention, make_varlen, run_fastlm, run_torch
 from tests.numerics import Outputs, Runner, check, check_all, forward_backward, kernels_only
 
@@ -235,7 +235,7 @@ def op_arguments(case: Attention, requires_grad: bool = False) -> tuple:
         return case.q.new_zeros(0), case.q.new_zeros(0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(module, "ATTENTION", Route(catch, catch, catch))
+        patch.setitem(module, "ATTENTION", Route(catch, catch, catch, catch))
         run_fastlm(replace(case, sinks=None))
     return made[0]
 
@@ -254,7 +254,7 @@ def test_opcheck_backward(form: Callable[[], Attention]) -> None:
     output, lse = torch.ops.fastlm.attention_forward(*arguments)
     q, k, v, *options = arguments
     grad_lse = torch.randn_like(lse) if case.causal else None
-    given = (torch.randn_like(output), grad_lse, q, k, v, output, lse, *options, options[1] is not None)
+    given = (torch.randn_like(output), grad_lse, q, k, v, output, lse, *options, Options(*options).bias is not None)
     torch.library.opcheck(torch.ops.fastlm.attention_backward.default, given)
 
 

@@ -226,11 +226,10 @@ def test_op_called_directly_with_wrong_tensors() -> None:
     case = make_attention(2, 4, 3, 8, kv_heads=2, k_len=5)
     right = {"q": case.q, "k": case.k, "v": case.v, "keep": torch.ones(1, 1, 3, 5, dtype=torch.bool),
              "bias": F(2, 1, 3, 5), "slopes": F(1, 4, 1, 1), "kv_lengths": torch.tensor([5, 2]), "q_starts": None,
-             "k_starts": None, "seed": torch.tensor(3)}  # fmt: skip
-    numbers = (1.0, 0.0, 0.5, False, -1, -1)
+             "k_starts": None, "seed": torch.tensor(3), "dropout": 0.5}  # fmt: skip
 
     def direct(**wrong: object) -> tuple[torch.Tensor, ...]:
-        return torch.ops.fastlm.attention_forward(*{**right, **wrong}.values(), *numbers)
+        return torch.ops.fastlm.attention_forward(**{**right, **wrong})
 
     output, lse = direct()
     wrongs: list[dict[str, object]] = [
@@ -257,7 +256,7 @@ def test_op_called_directly_with_wrong_tensors() -> None:
             pytest.fail(f"case {index}: {direct(**wrong)[0].shape} instead of an error")
     for bad in ({"output": output[..., :-1]}, {"lse": lse.double()}, {"lse": lse[:1]}, {"grad": output[:, :1]}):
         given = {"grad": output, "grad_lse": None, "q": case.q, "k": case.k, "v": case.v, "output": output, "lse": lse}
-        options = list(right.values())[3:]
-        torch.ops.fastlm.attention_backward(*given.values(), *options, *numbers, True)
+        options = {name: value for name, value in right.items() if name not in given} | {"need_bias": True}
+        torch.ops.fastlm.attention_backward(*given.values(), **options)
         with pytest.raises((RuntimeError, ValueError)):
-            torch.ops.fastlm.attention_backward(*{**given, **bad}.values(), *options, *numbers, True)
+            torch.ops.fastlm.attention_backward(*{**given, **bad}.values(), **options)

@@ -219,4 +219,4 @@ def test_packed_rows_are_refused() -> None:
     q = torch.randn(6, 2, 4)
     starts = torch.tensor([0, 6])
     with pytest.raises(ValueError, match="q_starts: expected none"):
-        OP(q, q, q, None, None, None, None, starts, starts, None, 1.0, 0.0, 0.0, False, -1, -1, True)
+        OP(q, q, q, q_starts=starts, k_starts=starts)
