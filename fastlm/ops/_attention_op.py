@@ -64,8 +64,8 @@ def module_options(
 
 def run(route: Route, q: Tensor, k: Tensor, v: Tensor, options: Options, *more: Any, plain: bool) -> tuple[Tensor, ...]:
     """Calls an op; more: what follows its options; plain: what `is_plain` says of q, k and v."""
-    bias = options.bias
-    if plain and (bias is None or _common.is_plain(q, bias)):
+    bias, keep = options.bias, options.keep
+    if plain and (bias is None or _common.is_plain(q, bias)) and (keep is None or _common.has_values(keep)):
         record = _common.requires_grad(q, k, v, bias)
         return (route.recorded if record else route.unrecorded)(q, k, v, *options, *more)
     (q, k, v, bias), kernel = _common.plan("attention", (q, k, v, bias))
