@@ -196,10 +196,10 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_weights_forward(
-    const Tensor& q, const Tensor& k, const Tensor& v, double scale, int64_t right, const OptionalTensor& keep,
-    const OptionalTensor& bias, const OptionalTensor& slopes, const OptionalTensor& kv_lengths,
-    const OptionalTensor& q_starts, const OptionalTensor& k_starts, const OptionalTensor& seed, double softcap,
-    double dropout, bool lower_right, int64_t left, bool average) {
+    const Tensor& q, const Tensor& k, const Tensor& v, bool average, double scale, int64_t right,
+    const OptionalTensor& keep, const OptionalTensor& bias, const OptionalTensor& slopes,
+    const OptionalTensor& kv_lengths, const OptionalTensor& q_starts, const OptionalTensor& k_starts,
+    const OptionalTensor& seed, double softcap, double dropout, bool lower_right, int64_t left) {
   check(!q_starts && !k_starts, "q_starts: expected none, for packed sequences give no weights");
   const AttentionCall call(q, k, v, keep, bias, slopes, kv_lengths, q_starts, k_starts, seed);
   const Tensor weights = average ? empty(q, {call.batch, call.q_rows, call.k_rows})

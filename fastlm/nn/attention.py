@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlm.nn._twin import TorchTwin
 from fastlm.ops import _common
-from fastlm.ops._attention_op import ATTENTION, module_options, run
+from fastlm.ops._attention_op import ATTENTION, run_module
 from fastlm.ops.attention_weights import ATTENTION_WITH_WEIGHTS
 
 
@@ -74,14 +74,15 @@ class MultiheadAttention(TorchTwin, torch.nn.MultiheadAttention):
         q, k, v = self._project(query, key, value, batched and self.batch_first, batch_first)
         mask = self._mask(q, k, key_padding_mask, attn_mask, is_causal)
         k, v, mask = self._more_keys(k, v, mask)
-        dropout = self.dropout if self.training else 0.0
-        options, plain = module_options(q, k, v, mask, is_causal, 1 / math.sqrt(self.head_dim), dropout)
+        options: dict[str, Any] = {"mask": mask, "causal": is_causal, "scale": 1 / math.sqrt(self.head_dim)}
+        options["dropout"] = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            output, _, weights = run(ATTENTION_WITH_WEIGHTS, q, k, v, options, average_attn_weights, plain=plain)
+            average = bool(average_attn_weights)
+            output, _, weights = run_module(ATTENTION_WITH_WEIGHTS, (average,), q, k, v, **options)
             weights = weights if batched else weights.squeeze(0)
         else:
-            output, _ = run(ATTENTION, q, k, v, options, plain=plain)
+            output, _ = run_module(ATTENTION, (), q, k, v, **options)
         order = (0, 2, 1, 3) if batch_first else (2, 0, 1, 3)
         output = F.linear(output.permute(order).flatten(-2), self.out_proj.weight, self.out_proj.bias)
         return (output if batched else output.squeeze(0)), weights
@@ -96,6 +97,9 @@ class MultiheadAttention(TorchTwin, torch.nn.MultiheadAttention):
         batch_first: bool,
     ) -> None:
         """Torch's errors for what does not fit."""
+        same = query is key and key is value and self._qkv_same_embed_dim and query.shape[-1] == self.embed_dim
+        if same and query.dim() == 3 and key_padding_mask is None and attn_mask is None:
+            return  # the usual call, whose time a small one would feel
         F._mha_shape_check(  # type: ignore[attr-defined]
             query, key, value, key_padding_mask, attn_mask, self.num_heads
         )

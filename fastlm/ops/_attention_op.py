@@ -47,33 +47,45 @@ def are_plain(q: Any, k: Any, v: Any) -> bool:
     return q.dim() == 4 and k.dim() == 4 and v.dim() == 4
 
 
-def module_options(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, dropout: float
-) -> tuple[Options, bool]:
-    """For a module's call, whose numbers are right; and whether `are_plain` says so, else q, k and v are checked."""
-    plain = are_plain(q, k, v)
+def run_module(
+    route: Route,
+    lead: tuple[Any, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout: float,
+) -> tuple[Tensor, ...]:
+    """`run` with options as a module has them, whose numbers are right; q, k, v and mask are checked."""
+    plain = are_plain(q, k, v)  # the op then checks these itself
+    right = 0 if causal else UNLIMITED
+    if plain and mask is None and not dropout and not _common.requires_grad(q, k, v):
+        return route.unrecorded(q, k, v, *lead, scale, right)
     if not plain:
         check_dense((q, k, v), NAMES)
-    keep = bias = None
-    if mask is not None:
-        keep, bias = check_mask(mask, q, (*q.shape[:3], k.shape[2]), NAMES)
+    keep, bias = check_mask(mask, q, (*q.shape[:3], k.shape[2]), NAMES)
     seed = _common.draw_seed() if dropout else None
-    right = 0 if causal else UNLIMITED
-    return Options(scale, right, keep, bias, None, None, None, None, seed, 0.0, dropout), plain
+    options = Options(scale, right, keep, bias, seed=seed, dropout=dropout)
+    return run(route, lead, q, k, v, options, plain=plain)
 
 
-def run(route: Route, q: Tensor, k: Tensor, v: Tensor, options: Options, *more: Any, plain: bool) -> tuple[Tensor, ...]:
-    """Calls an op; more: what follows its options; plain: what `is_plain` says of q, k and v."""
+def run(
+    route: Route, lead: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, options: Options, *, plain: bool
+) -> tuple[Tensor, ...]:
+    """Calls an op; lead: what comes before its options; plain: what `is_plain` says of q, k and v."""
     bias, keep = options.bias, options.keep
     if plain and (bias is None or _common.is_plain(q, bias)) and (keep is None or _common.has_values(keep)):
         record = _common.requires_grad(q, k, v, bias)
-        return (route.recorded if record else route.unrecorded)(q, k, v, *options, *more)
+        return (route.recorded if record else route.unrecorded)(q, k, v, *lead, *options)
     (q, k, v, bias), kernel = _common.plan("attention", (q, k, v, bias))
     options = options._replace(bias=bias)
     if not kernel:
         with _common.without_autocast(q):
-            return route.reference(q, k, v, *options, *more)
-    return _common.call(route.op, _common.requires_grad(q, k, v, bias), q, k, v, *options, *more)
+            return route.reference(q, k, v, *lead, *options)
+    return _common.call(route.op, _common.requires_grad(q, k, v, bias), q, k, v, *lead, *options)
 
 
 def empty_heads(like: Tensor, width: int | torch.SymInt) -> Tensor:
@@ -108,11 +120,12 @@ def _backward_fake(
 
 
 _TENSORS = slice(Options._fields.index("keep"), Options._fields.index("seed") + 1)
-_BIAS = 3 + Options._fields.index("bias")  # among the op's arguments
+_BIAS = 3 + Options._fields.index("bias")  # among arguments of `attention_forward`
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    options = inputs[3:]
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], lead: int = 0) -> None:
+    """lead: how many arguments come before the options."""
+    options, ctx.bias = inputs[3 + lead :], _BIAS + lead
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:3], *options[_TENSORS], *output)
     ctx.before, ctx.after = options[: _TENSORS.start], options[_TENSORS.stop :]
@@ -126,7 +139,7 @@ def saved(ctx: Any) -> tuple[Tensor, Tensor, Tensor, Options, Tensor, Tensor]:
 
 def needs_bias(ctx: Any, options: Options) -> bool:
     """Whether the bias needs a gradient; where there is none, its place may lack in a call by defaults."""
-    return options.bias is not None and ctx.needs_input_grad[_BIAS]
+    return options.bias is not None and ctx.needs_input_grad[ctx.bias]
 
 
 def autograd_backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:

@@ -41,7 +41,7 @@ SCHEMAS = (
     " bool need_weights, bool need_bias)"
     " -> (Tensor grad_x, Tensor grad_h0, Tensor grad_c0, Tensor grad_w_ih, Tensor grad_w_hh, Tensor grad_bias)",
     f"attention_forward(Tensor q, Tensor k, Tensor v, {_ATTENTION}) -> (Tensor output, Tensor lse)",
-    f"attention_weights_forward(Tensor q, Tensor k, Tensor v, {_ATTENTION}, bool average=False)"
+    f"attention_weights_forward(Tensor q, Tensor k, Tensor v, bool average, {_ATTENTION})"
     " -> (Tensor output, Tensor lse, Tensor weights)",
     "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor output, Tensor lse,"
     f" {_ATTENTION}, bool need_bias=False) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias)",

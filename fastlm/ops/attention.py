@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _Lengths = Tensor | list[int]
 _TORCHS_NAMES = ("query", "key", "value", "attn_mask")
+_ALL_KEYS = (UNLIMITED, UNLIMITED)
+_LARGE = 1e30  # a scale that any dtype of the kernels can hold
 
 
 def scaled_dot_product_attention(
@@ -203,6 +205,14 @@ def attention(
     that of torch's attention, plus rounding. Results do not depend on the number of threads.
     Flash attention: Dao et al. 2022 (arXiv:2205.14135).
     """
+    nothing = mask is None and softcap is None and alibi_slopes is None and sinks is None and kv_lengths is None
+    if nothing and window == _ALL_KEYS and not dropout_p and return_lse is False and are_plain(q, k, v):
+        known = scale is None or (type(scale) is float and abs(scale) < _LARGE)
+        if known and causal in (None, "upper_left"):
+            try:
+                return _plain(q, k, v, causal is not None, scale)
+            except (RuntimeError, ValueError):
+                pass  # what follows says it by the argument's name
     return checked_attention(
         q,
         k,
@@ -378,7 +388,7 @@ def _attend(
     """plain: q, k and v are (the bias has q's dtype and device, so that it is as well)."""
     if return_lse not in (True, False):
         raise TypeError(f"return_lse: expected True or False, got {return_lse!r}")
-    output, lse = run(ATTENTION, q, k, v, options, plain=plain)
+    output, lse = run(ATTENTION, (), q, k, v, options, plain=plain)
     if sinks is not None:
         # The sink joins the sum of exponentials: a factor exp(lse) / (exp(lse) + exp(sink)) for all weights of a row.
         packed = options.q_starts is not None

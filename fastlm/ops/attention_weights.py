@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fastlm.ops import _common, reference
 from fastlm.ops._attention_op import (
-    Options,
     Route,
     autograd_backward,
     forward_fake,
@@ -22,16 +21,15 @@ _Grads = tuple[Tensor | None, ...]
 
 
 @torch.library.register_fake("fastlm::attention_weights_forward")
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    average = len(options) > len(Options._fields) and options[-1]
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, average: bool, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     heads = () if average else (q.shape[1],)
     weights = q.new_empty((q.shape[0], *heads, q.shape[2], k.shape[2]))
     return *forward_fake(q, k, v), weights
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    setup_context(ctx, inputs[:-1], output[:2])
-    ctx.average = inputs[-1]
+    setup_context(ctx, inputs, output[:2], lead=1)
+    ctx.average = inputs[3]
 
 
 def _autograd_backward(
@@ -41,7 +39,7 @@ def _autograd_backward(
     if grad_weights is not None:
         pairs = zip(grads, _grads_by_weights(ctx, grad_weights), strict=True)
         grads = tuple(a if b is None else b if a is None else a + b for a, b in pairs)
-    return (*grads, None)
+    return (*grads[:3], None, *grads[3:])
 
 
 def _grads_by_weights(ctx: Any, grad_weights: Tensor) -> _Grads:
@@ -49,7 +47,7 @@ def _grads_by_weights(ctx: Any, grad_weights: Tensor) -> _Grads:
     q, k, v, options, _, _ = saved(ctx)
 
     def run(q: Tensor, k: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-        made = reference.attention_with_weights(q, k, v.detach(), *options._replace(bias=bias), ctx.average)
+        made = reference.attention_with_weights(q, k, v.detach(), ctx.average, *options._replace(bias=bias))
         return made[2:]
 
     needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], needs_bias(ctx, options))

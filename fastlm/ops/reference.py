@@ -286,6 +286,7 @@ def attention_with_weights(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    average: bool,
     scale: float = 1.0,
     right: int = -1,
     keep: Tensor | None = None,
@@ -299,7 +300,6 @@ def attention_with_weights(
     dropout: float = 0.0,
     lower_right: bool = False,
     left: int = -1,
-    average: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attention`, and its weights (B, Hq, Tq, Tk), dropped ones 0, or their average over heads (B, Tq, Tk)."""
     dtype = q.dtype

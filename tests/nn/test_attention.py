@@ -374,13 +374,13 @@ def test_compile(need_weights: bool) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """One entry per call of fastlm's attention: whether weights were wanted."""
     seen = []
-    call = MODULE["run"]
+    call = MODULE["run_module"]
 
     def counted(route: object, *args: object, **options: object) -> object:
         seen.append(route is MODULE["ATTENTION_WITH_WEIGHTS"])
         return call(route, *args, **options)
 
-    monkeypatch.setitem(MODULE, "run", counted)
+    monkeypatch.setitem(MODULE, "run_module", counted)
     return seen
 
 

@@ -32,8 +32,8 @@ def run_weights(case: Attention, average: bool = False, calls: list[tuple] | Non
     def keep(function: Callable) -> Callable:
         def run(*arguments: object) -> tuple:
             if calls is not None:
-                calls.append((*arguments, average))
-            output, lse, weights = function(*arguments, average)
+                calls.append((*arguments[:3], average, *arguments[3:]))
+            output, lse, weights = function(*arguments[:3], average, *arguments[3:])
             given.append(weights)
             return output, lse
 
@@ -219,4 +219,4 @@ def test_packed_rows_are_refused() -> None:
     q = torch.randn(6, 2, 4)
     starts = torch.tensor([0, 6])
     with pytest.raises(ValueError, match="q_starts: expected none"):
-        OP(q, q, q, q_starts=starts, k_starts=starts)
+        OP(q, q, q, True, q_starts=starts, k_starts=starts)
