@@ -8,14 +8,15 @@
 namespace fastlm::cpu {
 namespace {
 
-constexpr int64_t kDecodeRows = 12;    // query heads times queries up to which keys are not packed
-constexpr int64_t kDecodeKeys = 512;   // per item, about
-constexpr int64_t kItemsWanted = 16;   // so many items keep a few threads busy to the end
-constexpr int64_t kPartsWanted = 8;    // the same for backward, where parts of one head cost memory
-constexpr int64_t kRowsAtLeast = 96;   // per item, so that packing keys does not show
-constexpr int64_t kRowsWeighed = 32;   // the same where weights are wanted, which are held for all keys of the item
-constexpr int64_t kKeysAtLeast = 512;  // per item of backward, likewise
-constexpr double kBytesPerNs = 20;     // of one core, cautiously
+constexpr int64_t kDecodeRows = 12;        // query heads times queries up to which keys are not packed
+constexpr int64_t kDecodeKeys = 512;       // per item, about
+constexpr int64_t kItemsWanted = 16;       // so many items keep a few threads busy to the end
+constexpr int64_t kPartsWanted = 8;        // the same for backward, where parts of one head cost memory
+constexpr int64_t kRowsAtLeast = 96;       // per item, so that packing keys does not show
+constexpr int64_t kRowsWeighed = 32;       // the same where weights are wanted
+constexpr int64_t kWeightsHeld = 1 << 21;  // by an item, at most, unless its rows become too few
+constexpr int64_t kKeysAtLeast = 512;      // per item of backward, likewise
+constexpr double kBytesPerNs = 20;         // of one core, cautiously
 
 // Of queries in one item: they, their sums and a chunk of keys share L2. At most what was measured with 2 MiB of it.
 int64_t forward_values() { return std::clamp<int64_t>(l2_bytes() / 64, 16384, 32768); }
@@ -77,8 +78,10 @@ AttentionPlan AttentionPlan::make(const AttentionForwardParams<S>& p, int max_th
   for (int64_t b = 0; b < p.batch; ++b) total += attention_sequence(p, b).q_len;
   const int64_t fits = forward_values() / std::max<int64_t>(1, std::max(p.dim, p.v_dim));
   const int64_t even = ceil_div(total * (all_heads ? 1 : p.q_heads), kItemsWanted);
-  const int64_t least = p.weights ? kRowsWeighed : kRowsAtLeast;
-  const int64_t rows = std::clamp(even, least, p.weights ? kRowsAtLeast : std::max(fits, kRowsAtLeast));
+  // An item holds its weights for all keys.
+  const int64_t weighed = std::clamp(kWeightsHeld / std::max<int64_t>(1, p.k_len), kRowsWeighed, kRowsAtLeast);
+  const int64_t rows = p.weights ? std::clamp(even, kRowsWeighed, weighed)
+                                 : std::clamp(even, kRowsAtLeast, std::max(fits, kRowsAtLeast));
   const int64_t queries = ceil_div(rows, std::max<int64_t>(all_heads ? 1 : group, 1));
   for (int64_t b = 0; b < p.batch; ++b) {
     const auto sequence = attention_sequence(p, b);
