@@ -14,7 +14,7 @@ constexpr int64_t kItemsWanted = 16;       // so many items keep a few threads b
 constexpr int64_t kPartsWanted = 8;        // the same for backward, where parts of one head cost memory
 constexpr int64_t kRowsAtLeast = 96;       // per item, so that packing keys does not show
 constexpr int64_t kRowsWeighed = 32;       // the same where weights are wanted
-constexpr int64_t kWeightsHeld = 1 << 21;  // by an item, at most, unless its rows become too few
+constexpr int64_t kWeightsHeld = 1 << 21;  // numbers in an item, at most, until its rows become too few
 constexpr int64_t kKeysAtLeast = 512;      // per item of backward, likewise
 constexpr double kBytesPerNs = 20;         // of one core, cautiously
 
@@ -70,7 +70,8 @@ AttentionSequence attention_sequence(const AttentionParams<S>& p, int64_t b) {
 template <class S>
 AttentionPlan AttentionPlan::make(const AttentionForwardParams<S>& p, int max_threads) {
   AttentionPlan plan{};
-  const int64_t group = p.kv_heads ? p.q_heads / p.kv_heads : 0;
+  if (p.q_heads == 0) return plan;
+  const int64_t group = p.q_heads / p.kv_heads;
   plan.decode = group * p.q_len <= kDecodeRows && !p.weights;
   // Heads whose weights are averaged are one item's.
   const bool all_heads = p.weights && p.average;
@@ -93,7 +94,7 @@ AttentionPlan AttentionPlan::make(const AttentionForwardParams<S>& p, int max_th
     }
     // Parts of equal size.
     const int64_t size = ceil_div(sequence.q_len, ceil_div(sequence.q_len, queries));
-    add_items(plan, b, all_heads ? std::min<int64_t>(1, p.kv_heads) : p.kv_heads, sequence.q_len, size);
+    add_items(plan, b, all_heads ? 1 : p.kv_heads, sequence.q_len, size);
     plan.most_rows = std::max(plan.most_rows, group * size);
   }
   if (plan.decode) plan.most_rows = group * p.q_len;

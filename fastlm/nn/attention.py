@@ -10,7 +10,7 @@ from torch import Tensor
 from fastlm.nn._twin import TorchTwin
 from fastlm.ops import _common
 from fastlm.ops._attention_op import ATTENTION, run_module
-from fastlm.ops.attention_weights import ATTENTION_WITH_WEIGHTS
+from fastlm.ops._attention_weights_op import ATTENTION_WITH_WEIGHTS
 
 
 class MultiheadAttention(TorchTwin, torch.nn.MultiheadAttention):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlm.ops import _common
 
-NAMES = ("q", "k", "v", "mask")  # of these, in errors
+NAMES = ("q", "k", "v", "mask")  # of the first arguments, in errors
 UNLIMITED = -1
 _CAUSAL = (None, "upper_left", "lower_right")
 _FAR = 2**60  # a larger window is this one: sums with positions stay within 64 bits
@@ -28,6 +28,7 @@ def check_heads_broadcast(tensors: dict[str, Tensor], enable_gqa: bool) -> None:
 
 
 def check_dense(tensors: tuple[Any, Any, Any], names: Sequence[str]) -> None:
+    """q, k and v (B, H, T, D), called `names`."""
     check_tensors(tensors, names, 4, "(B, H, T, D)")
     q, k, v = tensors
     if q.shape[0] != k.shape[0]:
@@ -119,8 +120,7 @@ def checked_numbers(q: Tensor, causal: Any, window: Any, scale: Any, softcap: An
     left, right = window
     if left < UNLIMITED or right < UNLIMITED:
         raise ValueError(f"window: expected numbers of at least 0, or -1 for unlimited, got {tuple(window)}")
-    if not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p: expected a number from 0 to 1, got {dropout_p!r}")
+    check_dropout("dropout_p", dropout_p)
     scale = default_scale(q) if scale is None else _number("scale", scale, q)
     softcap = 0.0 if softcap is None else _number("softcap", softcap, q)
     if softcap < 0:
@@ -135,6 +135,11 @@ def checked_numbers(q: Tensor, causal: Any, window: Any, scale: Any, softcap: An
         "lower_right": causal == "lower_right",
         "left": min(left, _FAR),
     }
+
+
+def check_dropout(name: str, probability: Any) -> None:
+    if not isinstance(probability, int | float) or not 0 <= probability <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {probability!r}")
 
 
 def _number(name: str, value: Any, q: Tensor) -> float:

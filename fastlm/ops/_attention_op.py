@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops import _common, reference
-from fastlm.ops._attention_checks import NAMES, UNLIMITED, check_dense, check_mask
+from fastlm.ops._attention_checks import NAMES, UNLIMITED, check_dense, check_dropout, check_mask
 
 _forward = torch.ops.fastlm.attention_forward.default
 _backward = torch.ops.fastlm.attention_backward.default
@@ -59,13 +59,14 @@ def run_module(
     scale: float,
     dropout: float,
 ) -> tuple[Tensor, ...]:
-    """`run` with options as a module has them, whose numbers are right; q, k, v and mask are checked."""
+    """`run` with options as a module has them."""
     plain = are_plain(q, k, v)  # the op then checks these itself
     right = 0 if causal else UNLIMITED
     if plain and mask is None and not dropout and not _common.requires_grad(q, k, v):
         return route.unrecorded(q, k, v, *lead, scale, right)
     if not plain:
         check_dense((q, k, v), NAMES)
+    check_dropout("dropout", dropout)
     keep, bias = check_mask(mask, q, (*q.shape[:3], k.shape[2]), NAMES)
     seed = _common.draw_seed() if dropout else None
     options = Options(scale, right, keep, bias, seed=seed, dropout=dropout)
@@ -125,25 +126,32 @@ _BIAS = 3 + Options._fields.index("bias")  # among arguments of `attention_forwa
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], lead: int = 0) -> None:
     """lead: how many arguments come before the options."""
-    options, ctx.bias = inputs[3 + lead :], _BIAS + lead
+    options, ctx.bias_place = inputs[3 + lead :], _BIAS + lead
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:3], *options[_TENSORS], *output)
     ctx.before, ctx.after = options[: _TENSORS.start], options[_TENSORS.stop :]
 
 
-def saved(ctx: Any) -> tuple[Tensor, Tensor, Tensor, Options, Tensor, Tensor]:
-    """q, k, v, the options, output and lse."""
+Saved = tuple[Tensor, Tensor, Tensor, Options, Tensor, Tensor]  # q, k, v, the options, output and lse
+
+
+def saved(ctx: Any) -> Saved:
     q, k, v, *tensors, output, lse = ctx.saved_tensors
     return q, k, v, Options(*ctx.before, *tensors, *ctx.after), output, lse
 
 
 def needs_bias(ctx: Any, options: Options) -> bool:
     """Whether the bias needs a gradient; where there is none, its place may lack in a call by defaults."""
-    return options.bias is not None and ctx.needs_input_grad[ctx.bias]
+    return options.bias is not None and ctx.needs_input_grad[ctx.bias_place]
 
 
 def autograd_backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, options, output, lse = saved(ctx)
+    return grads_by_output(ctx, saved(ctx), grad_output, grad_lse)
+
+
+def grads_by_output(ctx: Any, of: Saved, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    """Of all inputs, from what was saved: a checkpoint lets it be unpacked once."""
+    q, k, v, options, output, lse = of
     if grad_output is None and grad_lse is None:
         return grads_of_inputs()
     needed = (*ctx.needs_input_grad[:3], needs_bias(ctx, options))

@@ -268,6 +268,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[T
 
 def attention_weights_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As the kernel's, with the weights."""
+    if any(given is not None for given in options[7:9]):
+        raise ValueError("q_starts: expected none, for packed sequences give no weights")
     output, lse, weights = reference.attention_with_weights(q, k, v, *options)
     return _in_order_of(q, output), lse, weights
 

@@ -157,7 +157,7 @@ def attention(
     *,
     mask: Tensor | None = None,
     causal: str | None = None,
-    window: tuple[int, int] = (-1, -1),
+    window: tuple[int, int] = _ALL_KEYS,
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
@@ -206,9 +206,10 @@ def attention(
     Flash attention: Dao et al. 2022 (arXiv:2205.14135).
     """
     nothing = mask is None and softcap is None and alibi_slopes is None and sinks is None and kv_lengths is None
-    if nothing and window == _ALL_KEYS and not dropout_p and return_lse is False and are_plain(q, k, v):
+    if nothing and window is _ALL_KEYS and return_lse is False and are_plain(q, k, v):
         known = scale is None or (type(scale) is float and abs(scale) < _LARGE)
-        if known and causal in (None, "upper_left"):
+        known = known and type(dropout_p) is float and dropout_p == 0
+        if known and (causal is None or (type(causal) is str and causal == "upper_left")):
             try:
                 return _plain(q, k, v, causal is not None, scale)
             except (RuntimeError, ValueError):

@@ -1,6 +1,5 @@
 """The output layer of a language model with its loss: public function, shape (fake) functions and autograd."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from fastlm.ops import _common, reference
 
 _forward = torch.ops.fastlm.linear_cross_entropy_forward.default
 _backward = torch.ops.fastlm.linear_cross_entropy_backward.default
-_unrecorded = partial(_common.call, _forward, False)
+_unrecorded = _common.unrecorded(_forward)
 _REDUCTIONS = ("none", "mean", "sum")
 
 

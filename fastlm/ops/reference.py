@@ -308,7 +308,7 @@ def attention_with_weights(
     factors = None if seed is None else dropout_factors(seed, dropout, q.shape[:3], k.shape[2])
     numbers = (scale, softcap, lower_right, left, right)
     output, lse, weights = _attend(q, k, v, keep, bias, slopes, kv_lengths, factors, *numbers)
-    return output.to(dtype), lse, (weights.mean(1) if average else weights).to(dtype)
+    return output.to(dtype), lse, (weights.sum(1) / max(1, q.shape[1]) if average else weights).to(dtype)
 
 
 def _sequences(x: Tensor, starts: list[int]) -> list[Tensor]:

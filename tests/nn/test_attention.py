@@ -278,6 +278,14 @@ def test_dropout_follows_the_seed_and_the_mode() -> None:
     assert torch.equal(ours(*inputs)[0], ours(*inputs)[0])
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("dropout", [1.5, -0.5, float("nan")])
+def test_impossible_dropout_is_an_error(dropout: float, need_weights: bool) -> None:
+    ours = fastlm.nn.MultiheadAttention(EMBED, HEADS, dropout=dropout)
+    with pytest.raises(ValueError, match=r"^dropout: expected a number from 0 to 1, got"):
+        ours(*example({}), need_weights=need_weights)
+
+
 # What torch.nn promises of a module.
 
 

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import fastlm
 from fastlm.ops._attention_op import Route
-from fastlm.ops.attention_weights import ATTENTION_WITH_WEIGHTS
+from fastlm.ops._attention_weights_op import ATTENTION_WITH_WEIGHTS
 from tests.attention import (
     BF16,
     FP64,
@@ -118,20 +119,26 @@ def test_no_weight_where_nothing_may_be_seen(isa: str, average: bool) -> None:
     assert not (weights if average else weights.sum(1))[hidden].any()
 
 
-def test_nan_stays_with_its_query(isa: str) -> None:
-    case = make_attention(1, 2, 20, 8, k_len=24)
+@pytest.mark.parametrize("window", [(-1, -1), (5, 0), (-1, 3)], ids=str)
+def test_nan_stays_with_its_query(isa: str, window: tuple[int, int]) -> None:
+    """And with the keys that it sees."""
+    case = make_attention(1, 2, 20, 8, k_len=24, window=window)
     case.q[0, 1, 7, 3] = torch.nan
     weights = run_weights(case)["weights"]
-    assert weights[0, 1, 7].isnan().all()
+    left, right = window
+    keys = torch.arange(24)
+    seen = ((keys >= 7 - left) | (left < 0)) & ((keys <= 7 + right) | (right < 0))
+    assert torch.equal(weights[0, 1, 7].isnan(), seen)
     weights[0, 1, 7] = 0
     assert not weights.isnan().any()
 
 
 @average
-@pytest.mark.parametrize("sizes", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0)], ids=str)
-def test_empty(sizes: tuple[int, ...], average: bool) -> None:
+@pytest.mark.parametrize("kv_heads", [None, 2])
+@pytest.mark.parametrize("sizes", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 0, 40, 100), (2, 2, 0, 4), (2, 2, 3, 0)], ids=str)
+def test_empty(sizes: tuple[int, ...], kv_heads: int | None, average: bool) -> None:
     batch, heads, q_len, k_len = sizes
-    outputs = run_weights(make_attention(batch, heads, q_len, 8, k_len=k_len), average)
+    outputs = run_weights(make_attention(batch, heads, q_len, 8, kv_heads=kv_heads, k_len=k_len), average)
     assert outputs["weights"].shape == ((batch, q_len, k_len) if average else (batch, heads, q_len, k_len))
     assert not outputs["output"].any()
     assert not outputs["weights"].any()
@@ -205,6 +212,23 @@ def test_gradcheck(options: dict, average: bool) -> None:
     assert torch.autograd.gradgradcheck(run, tuple(case.tensors().values()))
 
 
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_checkpoint(early_stop: bool) -> None:
+    """What is saved may be unpacked once."""
+    case = make_attention(2, 2, 5, 4, requires_grad=True)
+    tensors = list(case.tensors().values())
+
+    def loss(*_: torch.Tensor) -> torch.Tensor:
+        outputs = run_weights(case, True)
+        return outputs["weights"].square().sum() + outputs["output"].sin().sum()
+
+    with torch.utils.checkpoint.set_checkpoint_early_stop(early_stop):
+        checkpointed = torch.utils.checkpoint.checkpoint(loss, *tensors, use_reentrant=False)
+    grads = [torch.autograd.grad(out, tensors) for out in (checkpointed, loss())]
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 @average
 def test_reference(average: bool) -> None:
     case = make_attention(2, 4, 9, 8, kv_heads=2, k_len=30, mask="float", causal="lower_right", dropout_p=0.2)
@@ -214,7 +238,6 @@ def test_reference(average: bool) -> None:
     check_all(got, same, truth, 1.0)
 
 
-@kernels_only
 def test_packed_rows_are_refused() -> None:
     q = torch.randn(6, 2, 4)
     starts = torch.tensor([0, 6])

@@ -1,4 +1,4 @@
-"""Calls go straight to the kernels only where nobody looks on: profilers, modes and tracers see every operation."""
+"""Calls with little around them pass nobody by: profilers, modes, tracers, and tensors with keys of their own."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,6 +69,24 @@ def test_observers_see_the_operation(name: str, observer: Callable) -> None:
         with torch.set_grad_enabled(grad), observer(seen):
             call(x)
         assert any(name in each for each in seen)
+
+
+@pytest.mark.parametrize("name", [name for name in calls() if name != "dropout"])
+def test_negative_bits_and_zero_tensors(name: str) -> None:
+    call, x = calls()[name]
+    with torch.no_grad():
+        for unusual in (torch._neg_view(x), torch.complex(x, x).conj().imag, torch._efficientzerotensor(x.shape)):
+            plain = unusual.resolve_neg() + torch.zeros_like(x)
+            for got, expected in zip(call(unusual), call(plain), strict=True):
+                assert torch.equal(got, expected)
+
+
+def test_batches_of_gradients() -> None:
+    """By torch's older batching, whose tensors have no memory of their own."""
+    x = torch.randn(5, requires_grad=True)
+    y = fastlm.ops.dropout(x, 0.5)
+    (jacobian,) = torch.autograd.grad(y, x, torch.eye(5), is_grads_batched=True)
+    assert torch.equal(jacobian.diag() * x, y)
 
 
 @pytest.mark.parametrize("name", [name for name in calls() if name != "dropout"])

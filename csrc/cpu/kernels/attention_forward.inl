@@ -182,8 +182,10 @@ class AttentionForward {
     if (sum == 0) return;
     const V factor = V::broadcast(1 / (p_.average ? sum * static_cast<T>(p_.q_heads) : sum));
     T* to = buffers_.given + place * s_stride_;
-    for (int64_t i = lanes_down<T>(keys.begin); i < keys.end; i += V::kLanes)
-      fma(load_as<V>(exponentials + i, V::kLanes), factor, V::load(to + i)).store(to + i);
+    for (int64_t i = lanes_down<T>(keys.begin); i < keys.end; i += V::kLanes) {
+      const V weights = load_as<V>(exponentials + i, V::kLanes) * factor;  // NaN where one score is, but not outside
+      (replace_outside(weights, keys.begin - i, keys.end - i, T(0)) + V::load(to + i)).store(to + i);
+    }
   }
 
   // Weights of the scores of one row, as the products with the values take them.

@@ -8,8 +8,9 @@ from torch import Tensor
 from fastlm.ops import _common, reference
 from fastlm.ops._attention_op import (
     Route,
-    autograd_backward,
+    Saved,
     forward_fake,
+    grads_by_output,
     grads_of_inputs,
     needs_bias,
     saved,
@@ -35,16 +36,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _autograd_backward(
     ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, grad_weights: Tensor | None
 ) -> _Grads:
-    grads = autograd_backward(ctx, grad_output, grad_lse)
+    of = saved(ctx)
+    grads = grads_by_output(ctx, of, grad_output, grad_lse)
     if grad_weights is not None:
-        pairs = zip(grads, _grads_by_weights(ctx, grad_weights), strict=True)
+        pairs = zip(grads, _grads_by_weights(ctx, of, grad_weights), strict=True)
         grads = tuple(a if b is None else b if a is None else a + b for a, b in pairs)
     return (*grads[:3], None, *grads[3:])
 
 
-def _grads_by_weights(ctx: Any, grad_weights: Tensor) -> _Grads:
+def _grads_by_weights(ctx: Any, of: Saved, grad_weights: Tensor) -> _Grads:
     """Of all inputs but `average`, in plain operations: few train on weights."""
-    q, k, v, options, _, _ = saved(ctx)
+    q, k, v, options, _, _ = of
 
     def run(q: Tensor, k: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         made = reference.attention_with_weights(q, k, v.detach(), ctx.average, *options._replace(bias=bias))
