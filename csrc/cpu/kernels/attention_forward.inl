@@ -178,7 +178,7 @@ class AttentionForward {
   }
 
   // Exponentials of a row over their sum are added to weights that are to be returned.
-  void give(const E* exponentials, Keys keys, T sum, int64_t place) const {
+  FASTLM_NOINLINE void give(const E* exponentials, Keys keys, T sum, int64_t place) const {
     if (sum == 0) return;
     const V factor = V::broadcast(1 / (p_.average ? sum * static_cast<T>(p_.q_heads) : sum));
     T* to = buffers_.given + place * s_stride_;
@@ -227,7 +227,7 @@ class AttentionForward {
     }
   }
 
-  void write_weights() const {
+  FASTLM_NOINLINE void write_weights() const {
     const int64_t heads = p_.average ? 1 : p_.q_heads;
     for (int64_t g = 0; g < (p_.average ? 1 : group_); ++g) {
       const int64_t first = (item_.b * heads + (p_.average ? 0 : head(g))) * p_.q_len + item_.begin;
