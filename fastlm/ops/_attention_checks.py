@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastlm.ops import _common
+from fastlm.ops._attention_options import UNLIMITED
 
 NAMES = ("q", "k", "v", "mask")  # of the first arguments, in errors
-UNLIMITED = -1
 _CAUSAL = (None, "upper_left", "lower_right")
 _FAR = 2**60  # a larger window is this one: sums with positions stay within 64 bits
 

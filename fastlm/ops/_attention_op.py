@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fastlm.ops import _common, reference
-from fastlm.ops._attention_checks import NAMES, UNLIMITED, check_dense, check_dropout, check_mask
+from fastlm.ops._attention_checks import NAMES, check_dense, check_dropout, check_mask
+from fastlm.ops._attention_options import UNLIMITED, Options
 
 _forward = torch.ops.fastlm.attention_forward.default
 _backward = torch.ops.fastlm.attention_backward.default
@@ -20,24 +21,6 @@ class Route(NamedTuple):
     unrecorded: Callable[..., Any]
     recorded: Callable[..., Any]
     reference: Callable[..., Any]
-
-
-class Options(NamedTuple):
-    """What follows q, k and v in the op."""
-
-    scale: float = 1.0
-    right: int = UNLIMITED
-    keep: Tensor | None = None
-    bias: Tensor | None = None
-    slopes: Tensor | None = None
-    kv_lengths: Tensor | None = None
-    q_starts: Tensor | None = None
-    k_starts: Tensor | None = None
-    seed: Tensor | None = None
-    softcap: float = 0.0
-    dropout: float = 0.0
-    lower_right: bool = False
-    left: int = UNLIMITED
 
 
 def are_plain(q: Any, k: Any, v: Any) -> bool:
@@ -114,8 +97,8 @@ def _backward_fake(
     lse: Tensor,
     *given: Any,
 ) -> tuple[Tensor, ...]:
-    *options, need_bias = given if len(given) > len(Options._fields) else (*given, False)
-    bias = Options(*options).bias if need_bias else None
+    options, need_bias = Options.split_last(given)
+    bias = options.bias if need_bias else None
     grad_bias = q.new_empty((0,) if bias is None else bias.shape, dtype=_common.compute_dtype(q.dtype))
     return (*(empty_heads(tensor, tensor.shape[-1]) for tensor in (q, k, v)), grad_bias)
 

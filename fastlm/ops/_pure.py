@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastlm.ops import _schema, reference
+from fastlm.ops._attention_options import Options
 
 
 class _Steps:
@@ -287,47 +288,31 @@ def attention_backward(
     v: Tensor,
     output: Tensor,
     lse: Tensor,
-    scale: float = 1.0,
-    right: int = -1,
-    keep: Tensor | None = None,
-    bias: Tensor | None = None,
-    slopes: Tensor | None = None,
-    kv_lengths: Tensor | None = None,
-    q_starts: Tensor | None = None,
-    k_starts: Tensor | None = None,
-    seed: Tensor | None = None,
-    softcap: float = 0.0,
-    dropout: float = 0.0,
-    lower_right: bool = False,
-    left: int = -1,
-    need_bias: bool = False,
+    *given: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `attention_forward`."""
-    numbers = (scale, softcap, lower_right, left, right)
+    options, need_bias = Options.split_last(given)
     factors = None
-    if q_starts is None or k_starts is None:
-        if seed is not None:
-            factors = reference.dropout_factors(seed, dropout, q.shape[:3], k.shape[2])
-        *grads, grad_scores = _attention_grads(
-            grad_output, grad_lse, q, k, v, output, keep, bias, slopes, kv_lengths, factors, *numbers
-        )
-        grad_bias = grad_scores.sum_to_size(bias.shape) if need_bias and bias is not None else lse.new_empty(0)
+    if options.q_starts is None or options.k_starts is None:
+        if options.seed is not None:
+            factors = reference.dropout_factors(options.seed, options.dropout, q.shape[:3], k.shape[2])
+        *grads, grad_scores = _attention_grads(grad_output, grad_lse, q, k, v, output, options, factors)
+        bias = options.bias if need_bias else None
+        grad_bias = lse.new_empty(0) if bias is None else grad_scores.sum_to_size(bias.shape)
         return (*map(_in_order_of, (q, k, v), grads), grad_bias)  # type: ignore[return-value]
     whole = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    q_ranges, k_ranges = (pairwise(starts.tolist()) for starts in (q_starts, k_starts))
+    q_ranges, k_ranges = (pairwise(starts.tolist()) for starts in (options.q_starts, options.k_starts))
     for b, ((first, last), (key, end)) in enumerate(zip(q_ranges, k_ranges, strict=True)):
         rows = (slice(first, last), slice(key, end), slice(key, end))
-        if seed is not None:
-            factors = reference.dropout_factors(seed, dropout, lse.shape, end - key)[:, first:last]
+        if options.seed is not None:
+            factors = reference.dropout_factors(options.seed, options.dropout, lse.shape, end - key)[:, first:last]
         q_b, k_b, v_b, grad_b, output_b = (
             x[part].transpose(0, 1)[None]
             for x, part in ((q, rows[0]), (k, rows[1]), (v, rows[2]), (grad_output, rows[0]), (output, rows[0]))
         )
         grad_lse_b = None if grad_lse is None else grad_lse[None, :, first:last]
-        slope = slopes if slopes is None or slopes.shape[0] == 1 else slopes[b : b + 1]
-        *grads, _ = _attention_grads(
-            grad_b, grad_lse_b, q_b, k_b, v_b, output_b, None, None, slope, None, factors, *numbers
-        )
+        one = options.of_sequence(b)
+        *grads, _ = _attention_grads(grad_b, grad_lse_b, q_b, k_b, v_b, output_b, one, factors)
         for into, part, grad in zip(whole, rows, grads, strict=True):
             into[part] = grad[0].transpose(0, 1)
     return (*whole, lse.new_empty(0))  # type: ignore[return-value]
@@ -340,19 +325,13 @@ def _attention_grads(
     k: Tensor,
     v: Tensor,
     output: Tensor,
-    keep: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    kv_lengths: Tensor | None,
+    options: Options,
     factors: Tensor | None,
-    scale: float,
-    softcap: float,
-    *numbers: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the scores of one batch (B, H, T, D)."""
     group = (k.shape[1], q.shape[1] // max(k.shape[1], 1))
-    k, v = (reference.keys_within(x, q.shape[1], kv_lengths) for x in (k, v))
-    scores, capped = reference.attention_scores(q, k, keep, bias, slopes, kv_lengths, scale, softcap, *numbers)
+    k, v = (reference.keys_within(x, q.shape[1], options.kv_lengths) for x in (k, v))
+    scores, capped = reference.attention_scores(q, k, options)
     weights, _ = reference.softmax(scores)
     grad_weights = grad_output @ v.mT
     delta = (grad_output * output).sum(-1)
@@ -360,9 +339,9 @@ def _attention_grads(
     if factors is not None:
         grad_weights, kept = grad_weights * factors.to(q.dtype), weights * factors.to(q.dtype)
     grad_scores = weights * (grad_weights - (delta if grad_lse is None else delta - grad_lse)[..., None])
-    grad_products = grad_scores * scale
-    if softcap:
-        grad_products = grad_products * (1 - (capped / softcap).square())
+    grad_products = grad_scores * options.scale
+    if options.softcap:
+        grad_products = grad_products * (1 - (capped / options.softcap).square())
     grad_k, grad_v = (grad.unflatten(1, group).sum(2) for grad in (grad_products.mT @ q, kept.mT @ grad_output))
     return grad_products @ k, grad_k, grad_v, grad_scores
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from fastlm.ops import _common
 from fastlm.ops._attention_checks import (
     NAMES,
-    UNLIMITED,
     check_dense,
     check_heads_broadcast,
     check_mask,
@@ -20,7 +19,8 @@ from fastlm.ops._attention_checks import (
     checked_numbers,
     default_scale,
 )
-from fastlm.ops._attention_op import ATTENTION, Options, are_plain, run
+from fastlm.ops._attention_op import ATTENTION, are_plain, run
+from fastlm.ops._attention_options import UNLIMITED, Options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

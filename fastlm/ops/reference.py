@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
+from fastlm.ops._attention_options import Options
+
 States = tuple[Tensor, ...]  # h, and c of an LSTM
 
 
@@ -237,78 +239,57 @@ def _order(seq_len: int, reverse: bool) -> range:
     return range(seq_len - 1, -1, -1) if reverse else range(seq_len)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float = 1.0,
-    right: int = -1,
-    keep: Tensor | None = None,
-    bias: Tensor | None = None,
-    slopes: Tensor | None = None,
-    kv_lengths: Tensor | None = None,
-    q_starts: Tensor | None = None,
-    k_starts: Tensor | None = None,
-    seed: Tensor | None = None,
-    softcap: float = 0.0,
-    dropout: float = 0.0,
-    lower_right: bool = False,
-    left: int = -1,
-) -> tuple[Tensor, Tensor]:
-    """Attention with all scores written out; arguments as the op takes them (`fastlm.ops.attention` says more)."""
+def attention(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    """Attention with all scores written out; given: its Options (`fastlm.ops.attention` says more)."""
+    options = Options(*given)
+    if options.q_starts is not None and options.k_starts is not None:
+        return _packed_attention(q, k, v, options)
+    output, lse, _ = _padded_attention(q, k, v, options)
+    return output, lse
+
+
+def attention_with_weights(
+    q: Tensor, k: Tensor, v: Tensor, average: bool, *given: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention`, and its weights (B, Hq, Tq, Tk), dropped ones 0, or their average over heads (B, Tq, Tk)."""
+    output, lse, weights = _padded_attention(q, k, v, Options(*given))
+    weights = weights.sum(1) / max(1, q.shape[1]) if average else weights
+    return output, lse, weights.to(q.dtype)
+
+
+def _padded_attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, lse and weights, the latter in the type of the arithmetic."""
     dtype = q.dtype
-    _check_key_lengths(k, kv_lengths)
-    q, k, v, bias = map(_widened, (q, k, v, bias))
-    numbers = (scale, softcap, lower_right, left, right)
-    if q_starts is None or k_starts is None:
-        factors = None if seed is None else dropout_factors(seed, dropout, q.shape[:3], k.shape[2])
-        output, lse, _ = _attend(q, k, v, keep, bias, slopes, kv_lengths, factors, *numbers)
-        return output.to(dtype), lse
+    _check_key_lengths(k, options.kv_lengths)
+    factors = None
+    if options.seed is not None:
+        factors = dropout_factors(options.seed, options.dropout, q.shape[:3], k.shape[2])
+    q, k, v, bias = map(_widened, (q, k, v, options.bias))
+    output, lse, weights = _attend(q, k, v, options._replace(bias=bias), factors)
+    return output.to(dtype), lse, weights
+
+
+def _packed_attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    assert options.q_starts is not None
+    assert options.k_starts is not None
+    dtype = q.dtype
+    q, k, v = map(_widened, (q, k, v))
     outputs, lses = [], []
-    starts = [_checked_starts("q", q_starts, q.shape[0]), _checked_starts("k", k_starts, k.shape[0])]
+    starts = [_checked_starts("q", options.q_starts, q.shape[0]), _checked_starts("k", options.k_starts, k.shape[0])]
     parts = [_sequences(x, at) for x, at in zip((q, k, v), (starts[0], starts[1], starts[1]), strict=True)]
     for b, (one, keys_of_one, values) in enumerate(zip(*parts, strict=True)):
-        slope = slopes if slopes is None or slopes.shape[0] == 1 else slopes[b : b + 1]
         factors = None
-        if seed is not None:
-            factors = dropout_factors(seed, dropout, (q.shape[1], q.shape[0]), keys_of_one.shape[2])
+        if options.seed is not None:
+            shape = (q.shape[1], q.shape[0])
+            factors = dropout_factors(options.seed, options.dropout, shape, keys_of_one.shape[2])
             factors = factors[:, starts[0][b] : starts[0][b + 1]]
-        output, lse, _ = _attend(one, keys_of_one, values, None, None, slope, None, factors, *numbers)
+        output, lse, _ = _attend(one, keys_of_one, values, options.of_sequence(b), factors)
         outputs.append(output[0].transpose(0, 1))
         lses.append(lse[0])
     past = q.shape[0] - starts[0][-1]
     outputs.append(q.new_zeros(past, q.shape[1], v.shape[2]))
     lses.append(q.new_zeros(q.shape[1], past))
     return torch.cat(outputs).to(dtype), torch.cat(lses, 1)
-
-
-def attention_with_weights(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    average: bool,
-    scale: float = 1.0,
-    right: int = -1,
-    keep: Tensor | None = None,
-    bias: Tensor | None = None,
-    slopes: Tensor | None = None,
-    kv_lengths: Tensor | None = None,
-    q_starts: Tensor | None = None,
-    k_starts: Tensor | None = None,
-    seed: Tensor | None = None,
-    softcap: float = 0.0,
-    dropout: float = 0.0,
-    lower_right: bool = False,
-    left: int = -1,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`attention`, and its weights (B, Hq, Tq, Tk), dropped ones 0, or their average over heads (B, Tq, Tk)."""
-    dtype = q.dtype
-    _check_key_lengths(k, kv_lengths)
-    q, k, v, bias = map(_widened, (q, k, v, bias))
-    factors = None if seed is None else dropout_factors(seed, dropout, q.shape[:3], k.shape[2])
-    numbers = (scale, softcap, lower_right, left, right)
-    output, lse, weights = _attend(q, k, v, keep, bias, slopes, kv_lengths, factors, *numbers)
-    return output.to(dtype), lse, (weights.sum(1) / max(1, q.shape[1]) if average else weights).to(dtype)
 
 
 def _sequences(x: Tensor, starts: list[int]) -> list[Tensor]:
@@ -335,20 +316,10 @@ def _checked_starts(name: str, starts: Tensor, rows: int) -> list[int]:
     return numbers
 
 
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    kv_lengths: Tensor | None,
-    factors: Tensor | None,
-    *numbers: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, options: Options, factors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """One batch of sequences (B, H, T, D): output, lse and weights; factors: of these, for dropout."""
-    k, v = (keys_within(x, q.shape[1], kv_lengths) for x in (k, v))
-    scores, _ = attention_scores(q, k, keep, bias, slopes, kv_lengths, *numbers)
+    k, v = (keys_within(x, q.shape[1], options.kv_lengths) for x in (k, v))
+    scores, _ = attention_scores(q, k, options)
     weights, lse = softmax(scores)
     if factors is not None:
         weights = weights * factors.to(weights.dtype)
@@ -360,7 +331,8 @@ def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
 
     Not exp(scores - lse): beside large scores, as of rows masked by numbers like -1e9, lse loses all digits that count.
     """
-    blind = (scores == -torch.inf).all(-1, keepdim=True)
+    hidden = scores == -torch.inf
+    blind = hidden.all(-1, keepdim=True)
     if not scores.shape[-1]:
         return scores, scores.sum(-1).masked_fill(blind[..., 0], -torch.inf)
     scores = scores.masked_fill(blind, 0)
@@ -369,7 +341,7 @@ def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     parts = torch.exp(scores - greatest)
     sums = parts.sum(-1, keepdim=True)
     lse = (greatest + sums.log()).masked_fill(blind, -torch.inf)
-    return (parts / sums).masked_fill(blind, 0), lse[..., 0]
+    return (parts / sums).masked_fill(hidden, 0), lse[..., 0]  # hidden: of rows with NaN too
 
 
 def keys_within(x: Tensor, q_heads: int, kv_lengths: Tensor | None) -> Tensor:
@@ -380,40 +352,28 @@ def keys_within(x: Tensor, q_heads: int, kv_lengths: Tensor | None) -> Tensor:
     return x if q_heads == x.shape[1] else x.repeat_interleave(q_heads // x.shape[1], 1)
 
 
-def attention_scores(
-    q: Tensor,
-    k: Tensor,
-    keep: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    kv_lengths: Tensor | None,
-    scale: float,
-    softcap: float,
-    lower_right: bool,
-    left: int,
-    right: int,
-) -> tuple[Tensor, Tensor]:
+def attention_scores(q: Tensor, k: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """The scores (B, H, Tq, Tk), -inf where a key is not seen; and the same as softcap left them."""
     q_len, k_len = q.shape[2], k.shape[2]
-    lengths = torch.full((q.shape[0],), k_len, device=q.device) if kv_lengths is None else kv_lengths
+    lengths = torch.full((q.shape[0],), k_len, device=q.device) if options.kv_lengths is None else options.kv_lengths
     lengths = lengths.to(q.device).view(-1, 1, 1, 1)
     keys = torch.arange(k_len, device=q.device)
-    position = torch.arange(q_len, device=q.device)[:, None] + (lengths - q_len if lower_right else 0 * lengths)
+    position = torch.arange(q_len, device=q.device)[:, None] + (lengths - q_len if options.lower_right else 0 * lengths)
     seen = keys < lengths
-    if left >= 0:
-        seen = seen & (keys >= position - left)
-    if right >= 0:
-        seen = seen & (keys <= position + right)
-    if keep is not None:
-        seen = seen & keep
-    scores = q @ k.mT * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
+    if options.left >= 0:
+        seen = seen & (keys >= position - options.left)
+    if options.right >= 0:
+        seen = seen & (keys <= position + options.right)
+    if options.keep is not None:
+        seen = seen & options.keep
+    scores = q @ k.mT * options.scale
+    if options.softcap:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
     capped = scores
-    if slopes is not None:
-        scores = scores - slopes.to(scores.dtype) * (position - keys).abs().to(scores.dtype)
-    if bias is not None:
-        scores = scores + bias
+    if options.slopes is not None:
+        scores = scores - options.slopes.to(scores.dtype) * (position - keys).abs().to(scores.dtype)
+    if options.bias is not None:
+        scores = scores + options.bias
     return scores.masked_fill(~seen, -torch.inf), capped
 
 
