@@ -66,12 +66,13 @@ class MultiheadAttention(TorchTwin, torch.nn.MultiheadAttention):
         # Keys of add_bias_kv and add_zero_attn stand behind the others, where causal masking would hide them.
         is_causal = is_causal and self.bias_k is None and not self.add_zero_attn
         batched = query.dim() == 3
-        batch_first = self.batch_first or not batched
-        self._check(query, key, value, key_padding_mask, attn_mask, self.batch_first and batched)
+        given_first = batched and self.batch_first
+        batch_first = given_first or not batched  # an unbatched input becomes a batch of one
+        self._check(query, key, value, key_padding_mask, attn_mask, given_first)
         if not batched:
             query, key, value = _once_each(lambda x: x.unsqueeze(0), query, key, value)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        q, k, v = self._project(query, key, value, batched and self.batch_first, batch_first)
+        q, k, v = self._project(query, key, value, given_first, batch_first)
         mask = self._mask(q, k, key_padding_mask, attn_mask, is_causal)
         k, v, mask = self._more_keys(k, v, mask)
         options: dict[str, Any] = {"mask": mask, "causal": is_causal, "scale": 1 / math.sqrt(self.head_dim)}

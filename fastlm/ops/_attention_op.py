@@ -22,6 +22,14 @@ class Route(NamedTuple):
     recorded: Callable[..., Any]
     reference: Callable[..., Any]
 
+    @classmethod
+    def register(
+        cls, op: Any, setup_context: Callable[..., None], backward: Callable[..., Any], reference: Callable[..., Any]
+    ) -> "Route":
+        """With its derivative, which torch is told of."""
+        torch.library.register_autograd(op.name(), backward, setup_context=setup_context)
+        return cls(op, _common.unrecorded(op), _common.recorded(op, setup_context, backward), reference)
+
 
 def are_plain(q: Any, k: Any, v: Any) -> bool:
     """True where nothing but the kernel can be meant, on tensors of 4 dimensions."""
@@ -60,8 +68,8 @@ def run(
     route: Route, lead: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, options: Options, *, plain: bool
 ) -> tuple[Tensor, ...]:
     """Calls an op; lead: what comes before its options; plain: what `is_plain` says of q, k and v."""
-    bias, keep = options.bias, options.keep
-    if plain and (bias is None or _common.is_plain(q, bias)) and (keep is None or _common.has_values(keep)):
+    bias = options.bias
+    if plain and (bias is None or _common.is_plain(q, bias)):
         record = _common.requires_grad(q, k, v, bias)
         return (route.recorded if record else route.unrecorded)(q, k, v, *lead, *options)
     (q, k, v, bias), kernel = _common.plan("attention", (q, k, v, bias))
@@ -165,10 +173,4 @@ def grads_of_inputs(
     return tuple(grads)
 
 
-torch.library.register_autograd("fastlm::attention_forward", autograd_backward, setup_context=setup_context)
-ATTENTION = Route(
-    _forward,
-    _common.unrecorded(_forward),
-    _common.recorded(_forward, setup_context, autograd_backward),
-    reference.attention,
-)
+ATTENTION = Route.register(_forward, setup_context, autograd_backward, reference.attention)

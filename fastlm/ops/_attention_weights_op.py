@@ -57,10 +57,4 @@ def _grads_by_weights(ctx: Any, of: Saved, grad_weights: Tensor) -> _Grads:
     return grads_of_inputs(grad_q, grad_k, None, grad_bias)
 
 
-torch.library.register_autograd("fastlm::attention_weights_forward", _autograd_backward, setup_context=_setup_context)
-ATTENTION_WITH_WEIGHTS = Route(
-    _forward,
-    _common.unrecorded(_forward),
-    _common.recorded(_forward, _setup_context, _autograd_backward),
-    reference.attention_with_weights,
-)
+ATTENTION_WITH_WEIGHTS = Route.register(_forward, _setup_context, _autograd_backward, reference.attention_with_weights)

@@ -189,14 +189,6 @@ def is_plain(x: Any, *others: Any) -> bool:
     )
 
 
-def has_values(*tensors: Tensor) -> bool:
-    """True where Python may look at values: no graph is made of the call, by a compiler, transform or subclass."""
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN_TYPES or not tensor.is_cpu:
-            return False
-    return not torch.compiler.is_compiling() and _functorch_level() is None and forward_ad._current_level < 0
-
-
 @_backend.constant_while_compiling
 def _transforms() -> bool:
     """True under a transform of `torch.func`; while compiling too, which traces what stands under one by itself."""

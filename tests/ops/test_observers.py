@@ -33,21 +33,19 @@ def calls() -> dict[str, tuple[Callable[..., object], torch.Tensor]]:
     }
 
 
-class Dispatched(TorchDispatchMode):
+class Noting:
     def __init__(self, seen: list[str]) -> None:
         super().__init__()
         self.seen = seen
 
+
+class Dispatched(Noting, TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
-class Called(TorchFunctionMode):
-    def __init__(self, seen: list[str]) -> None:
-        super().__init__()
-        self.seen = seen
-
+class Called(Noting, TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
