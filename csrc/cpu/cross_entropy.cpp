@@ -4,12 +4,13 @@
 
 #include "cpu/cost.h"
 #include "cpu/isa.h"
+#include "cpu/sum_tree.h"
 
 namespace fastlm::cpu {
 namespace {
 
 // Every part has sums of its own for the gradient of hidden: many cost memory, few leave threads idle at the end.
-constexpr int64_t kPartsAtMost = 16, kWordsAtLeast = 32;
+constexpr int64_t kWordsAtLeast = 32;
 // Of so few words, rows are shared. Every item has a gradient of weight of its own.
 constexpr int64_t kFewWords = 512, kItemsAtMost = 16, kRowsAtLeast = 128;
 
@@ -19,7 +20,7 @@ template <class S>
 void cross_entropy(const CrossEntropyParams<S>& p, int max_threads, ParallelFor parallel_for) {
   CrossEntropyPlan plan{};
   plan.items = p.vocab <= kFewWords ? std::clamp<int64_t>(p.live_rows / kRowsAtLeast, 1, kItemsAtMost) : 1;
-  plan.parts = plan.items > 1 ? 1 : std::clamp<int64_t>(p.vocab / kWordsAtLeast, 1, kPartsAtMost);
+  plan.parts = plan.items > 1 ? 1 : std::clamp<int64_t>(p.vocab / kWordsAtLeast, 1, SumTree::kPartsAtMost);
   const double products = 1. + (p.grad_hidden != nullptr) + (p.grad_weight != nullptr);
   plan.work_ns = static_cast<int64_t>(products * 2. * p.live_rows * p.vocab * (p.dim + 8.) / kFlopsPerNs);
   plan.threads = threads_for(plan.work_ns, kNsPerThread, std::min<int64_t>(max_threads, plan.parts * plan.items));

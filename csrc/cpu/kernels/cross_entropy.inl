@@ -85,12 +85,14 @@ class CrossEntropyCall {
     for (auto& shared : shared_) shared = Pass::Shared::take(workspace_, p_, layout_);
     for (auto& own : own_) own = Pass::Own::take(workspace_, p_, layout_);
     sums_ = Pass::Sums::take(workspace_, p_, plan_.items);
+    for (auto& shared : shared_) shared.take_slabs(workspace_, p_, layout_, &tree_);
   }
 
   const CrossEntropyParams<S>& p_;
   const CrossEntropyPlan& plan_;
   const typename Pass::Layout layout_;
   Workspace workspace_;
+  SumTree tree_{static_cast<int>(plan_.parts)};
   std::vector<typename Pass::Shared> shared_;  // of all members, or of each
   std::vector<typename Pass::Own> own_;
   typename Pass::Sums sums_;

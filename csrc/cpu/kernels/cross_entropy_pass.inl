@@ -14,13 +14,16 @@
 #include "cpu/cross_entropy.h"
 #include "cpu/kernels/operands.inl"
 #include "cpu/simd/math.h"
+#include "cpu/sum_tree.h"
 #include "cpu/workspace.h"
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
-constexpr int64_t kLogitsBytes = 32 << 20;  // kept for a block of rows, at most
+constexpr int64_t kLogitsBytes = 40 << 20;  // kept for a block of rows, at most
 template <class T>
 constexpr int64_t kRowsAtOnce = kDeep<T> / 4;  // of a block: the depth of the product for gradients of weight
+constexpr int64_t kBytesInPlace = 256 << 10;   // what stays in cache; all else would be written to memory again
+constexpr int64_t kBytesAhead = 512 << 10;     // that L2 has room for beside the operands at work
 
 template <class S>
 class CrossEntropy {
@@ -29,22 +32,43 @@ class CrossEntropy {
   using E = Operand<S>;
   using V = Vec<T>;
   static constexpr int64_t kRows = kOperandRows<E>;  // of a tile
-  static_assert(kBlockRows % kRows == 0);
+  // Words of a block, the depth of the product for gradients of hidden: more leave other operands no room in L2, but a
+  // part is not cut for a few.
+  static constexpr int64_t kWords = kBlockRows, kWordsAtMost = 128 / kRows * kRows;
+  static_assert(kWords % kRows == 0);
+
+  // Gradients of weight pass through memory once a block. Of so few rows that fit, logits are sooner made again than
+  // kept, the more so where products cost little.
+  static constexpr bool kCheap = kRows > kTileRows;
+  static constexpr int64_t kLeastKept = kRowsAtOnce<T> / (kCheap ? 1 : 2);
+  static constexpr int64_t kMostBytes = kLogitsBytes * (kCheap ? 1 : 2);  // for the least
+  static int64_t rows_in(int64_t bytes, int64_t vocab) {
+    return bytes / (vocab * int64_t{sizeof(T)}) / kCols<T> * kCols<T>;
+  }
+
+  static bool has_gradients(const CrossEntropyParams<S>& p) { return p.grad_hidden || p.grad_weight || p.grad_bias; }
 
   // What follows from the sizes.
   struct Layout {
-    int64_t block_rows, row_stride, logit_stride, grad_stride, parts;
-    bool keeps_logits, copies_weight;
+    int64_t block_rows, row_stride, logit_stride, grad_stride, rounded_stride, parts;
+    bool keeps_logits, in_place, copies_weight;  // in_place: logits become their gradients where they lie
+    bool fetches_sums;                           // of gradients of weight, of a block of words, before its product
 
     static Layout make(const CrossEntropyParams<S>& p, const CrossEntropyPlan& plan) {
       Layout l;
-      l.keeps_logits = p.losses && (p.grad_hidden || p.grad_weight || p.grad_bias);
-      const int64_t room = l.keeps_logits ? kLogitsBytes / (p.vocab * static_cast<int64_t>(sizeof(T))) : p.rows;
-      const int64_t rows = std::max<int64_t>(1, std::min({room, kRowsAtOnce<T>, p.live_rows}));
-      l.block_rows = (rows + kCols<T> - 1) / kCols<T> * kCols<T>;
+      const int64_t wanted = std::max<int64_t>(1, std::min(kRowsAtOnce<T>, p.live_rows));
+      const int64_t kept = std::max(rows_in(kLogitsBytes, p.vocab), std::min(rows_in(kMostBytes, p.vocab), kLeastKept));
+      l.keeps_logits = p.losses && has_gradients(p) && kept >= std::min(wanted, kLeastKept);
+      l.block_rows = (wanted + kCols<T> - 1) / kCols<T> * kCols<T>;
+      if (l.keeps_logits) l.block_rows = std::min(l.block_rows, kept);
       l.row_stride = FASTLM_ISA_NAMESPACE::row_stride<T>(panels_for<T>(p.dim) * kCols<T>);
-      l.logit_stride = FASTLM_ISA_NAMESPACE::row_stride<T>(l.block_rows);
-      l.grad_stride = FASTLM_ISA_NAMESPACE::row_stride<E>(l.block_rows);
+      l.grad_stride = FASTLM_ISA_NAMESPACE::row_stride<T>(l.block_rows);
+      l.in_place = !l.keeps_logits || p.vocab * l.grad_stride * int64_t{sizeof(T)} <= kBytesInPlace;
+      // Padding costs memory, and is needed where few sets of the cache would hold all words.
+      const bool dense = !l.in_place && l.block_rows * sizeof(T) % 512 != 0;
+      l.logit_stride = dense ? l.block_rows : l.grad_stride;
+      l.rounded_stride = FASTLM_ISA_NAMESPACE::row_stride<E>(l.block_rows);
+      l.fetches_sums = p.grad_weight && kWords * p.dim * int64_t{sizeof(T)} <= kBytesAhead;
       l.parts = plan.parts;
       l.copies_weight = !std::is_same_v<S, E> || p.dim % kPairing<E> != 0;
       return l;
@@ -55,7 +79,8 @@ class CrossEntropy {
   struct Shared {
     E *hidden, *hidden_columns, *hidden_panels;  // rows; panels of rows as columns; panels of columns
     T *logits, *statistics, *target_logits;      // statistics: [part][greatest, sum, total][row]
-    T* partial;                                  // [part][row]: gradients of hidden
+    T* slabs;                                    // gradients of hidden, which meet in the tree
+    SumTree* tree;                               // of more parts than one
 
     static Shared take(Workspace& workspace, const CrossEntropyParams<S>& p, const Layout& l) {
       const int64_t panels = panels_for<T>(p.dim) * kCols<T>;
@@ -64,10 +89,14 @@ class CrossEntropy {
       s.hidden_columns = workspace.take<E>(l.block_rows * panel_depth<E>(p.dim));
       s.hidden_panels = workspace.take<E>(p.grad_weight ? l.block_rows * panels : 0);
       s.logits = workspace.take<T>(l.keeps_logits ? p.vocab * l.logit_stride : 0);
-      s.statistics = workspace.take<T>(l.parts * 3 * l.logit_stride);
+      s.statistics = workspace.take<T>(l.parts * 3 * l.block_rows);
       s.target_logits = workspace.take<T>(l.block_rows);
-      s.partial = workspace.take<T>(p.grad_hidden ? l.parts * l.block_rows * l.row_stride : 0);
       return s;
+    }
+    // Last of all: those that are never touched cost no memory, but for what shares a page with them.
+    void take_slabs(Workspace& workspace, const CrossEntropyParams<S>& p, const Layout& l, SumTree* to_meet_in) {
+      slabs = workspace.take<T>(p.grad_hidden ? l.parts * l.block_rows * l.row_stride : 0);
+      tree = l.parts > 1 ? to_meet_in : nullptr;
     }
   };
   // Gradients of weight and bias in the type they are summed in: of `count` items, or the results themselves.
@@ -84,21 +113,21 @@ class CrossEntropy {
 
   // Of one member.
   struct Own {
-    T *logits, *edge;                 // of a block of words
-    E *weight, *panel;                // likewise
-    E *grad_rows, *grad_columns;      // gradients of logits as products take them, where that is another type
-    T *greatest, *factors, *weights;  // of rows: exp(logit - greatest) times factors is the gradient
+    T *block, *edge;                    // of a block of words: logits that are not kept, and gradients of logits
+    E *weight, *panel;                  // likewise
+    E *rounded_rows, *rounded_columns;  // gradients of logits as products take them, where that is another type
+    T *greatest, *factors, *weights;    // of rows: exp(logit - greatest) times factors is the gradient
     static Own take(Workspace& workspace, const CrossEntropyParams<S>& p, const Layout& l) {
       Own o;
-      o.logits = workspace.take<T>(l.keeps_logits ? 0 : kBlockRows * l.logit_stride);
-      o.weight = workspace.take<E>(l.copies_weight ? kBlockRows * l.row_stride : 0);
-      o.panel = workspace.take<E>(kBlockRows * (kPairs<E> ? panels_for<T>(p.dim) : 1) * kCols<T>);
-      o.grad_rows = workspace.take<E>(kPairs<E> ? kBlockRows * l.grad_stride : 0);
-      o.grad_columns = workspace.take<E>(kPairs<E> ? kBlockRows * l.grad_stride : 0);
-      o.edge = workspace.take<T>(kBlockRows * kCols<T>);
-      o.greatest = workspace.take<T>(l.logit_stride);
-      o.factors = workspace.take<T>(l.logit_stride);
-      o.weights = workspace.take<T>(l.logit_stride);
+      o.block = workspace.take<T>(l.keeps_logits && l.in_place ? 0 : kWordsAtMost * l.grad_stride);
+      o.weight = workspace.take<E>(l.copies_weight ? kWordsAtMost * l.row_stride : 0);
+      o.panel = workspace.take<E>(kWordsAtMost * (kPairs<E> ? panels_for<T>(p.dim) : 1) * kCols<T>);
+      o.rounded_rows = workspace.take<E>(kPairs<E> ? kWordsAtMost * l.rounded_stride : 0);
+      o.rounded_columns = workspace.take<E>(kPairs<E> ? kWordsAtMost * l.rounded_stride : 0);
+      o.edge = workspace.take<T>(kWordsAtMost * kCols<T>);
+      o.greatest = workspace.take<T>(l.block_rows);
+      o.factors = workspace.take<T>(l.block_rows);
+      o.weights = workspace.take<T>(l.block_rows);
       return o;
     }
   };
@@ -109,7 +138,6 @@ class CrossEntropy {
 
   // Sums are left to be brought into the results.
   void run() {
-    const bool gradients = p_.grad_hidden || p_.grad_weight || p_.grad_bias;
     for (first_ = 0; first_ < p_.live_rows; first_ += layout_.block_rows) {
       rows_ = std::min(layout_.block_rows, p_.live_rows - first_);
       gather();
@@ -119,10 +147,10 @@ class CrossEntropy {
         team_.barrier();
       }
       take_statistics();
-      if (!gradients) continue;
+      if (!has_gradients(p_)) continue;
       team_.share(layout_.parts, true, [&](int64_t part) { add_gradients(part); });
       team_.barrier();
-      if (p_.grad_hidden) write_grad_hidden();
+      if (p_.grad_hidden && !sums_into_result()) write_grad_hidden();
     }
     if (p_.live_rows == 0) clear_gradients();
   }
@@ -133,9 +161,7 @@ class CrossEntropy {
   int64_t row(int64_t r) const { return p_.live[first_ + r]; }
   T row_weight(int64_t r) const { return p_.row_weights ? p_.row_weights[row(r)] : p_.row_weight; }
   T bias(int64_t word) const { return p_.bias ? widen(p_.bias[word]) : T(0); }
-  T* statistics(int64_t part, int which) const {
-    return shared_.statistics + (part * 3 + which) * layout_.logit_stride;
-  }
+  T* statistics(int64_t part, int which) const { return shared_.statistics + (part * 3 + which) * layout_.block_rows; }
 
   // Whole tiles of words, shared evenly.
   static Words words_of(int64_t i, int64_t pieces, Words all) {
@@ -147,7 +173,7 @@ class CrossEntropy {
   template <class Body>
   void each_block(int64_t part, const Body& body) const {
     const Words all = words_of(part, layout_.parts, {0, p_.vocab});
-    const int64_t blocks = (all.end - all.begin + kBlockRows - 1) / kBlockRows;
+    const int64_t count = all.end - all.begin, blocks = count <= kWordsAtMost ? 1 : (count + kWords - 1) / kWords;
     for (int64_t i = 0; i < blocks; ++i) body(words_of(i, blocks, all));
   }
 
@@ -191,17 +217,26 @@ class CrossEntropy {
     return {own_.weight, layout_.row_stride};
   }
 
-  // The rows of weight for the products after the one at hand, as far as they are new to it.
-  Ahead weight_ahead(Words words) const {
-    const S* from = p_.weight + words.begin * p_.dim;
-    return {reinterpret_cast<const char*>(from), reinterpret_cast<const char*>(p_.weight + words.end * p_.dim)};
+  // Rows of weight, or of its gradient, for the products after the one at hand.
+  template <class X>
+  Ahead rows_ahead(const X* rows, Words words) const {
+    return {reinterpret_cast<const char*>(rows + words.begin * p_.dim),
+            reinterpret_cast<const char*>(rows + words.end * p_.dim)};
   }
+  // Of the rows of hidden after this block, the part that is these words' to fetch.
+  Ahead hidden_ahead(Words words) const {
+    const int64_t next = row(rows_ - 1) + 1, rows = std::min(rows_, p_.rows - next);
+    return rows_ahead(p_.hidden, {next + rows * words.begin / p_.vocab, next + rows * words.end / p_.vocab});
+  }
+  Words after(Words words) const { return {words.end, std::min(p_.vocab, 2 * words.end - words.begin)}; }
+
+  T* kept_logits(Words words) const { return shared_.logits + words.begin * layout_.logit_stride; }
 
   // Without bias, which whoever reads them adds.
   T* make_logits(Words words) const {
     const auto [weight, stride] = this->weight(words);
-    T* logits = layout_.keeps_logits ? shared_.logits + words.begin * layout_.logit_stride : own_.logits;
-    Ahead ahead = weight_ahead({words.end, std::min(p_.vocab, 2 * words.end - words.begin)});
+    T* logits = layout_.keeps_logits ? kept_logits(words) : own_.block;
+    Ahead ahead = rows_ahead(p_.weight, after(words));
     for (int64_t r = 0; r < rows_; r += kCols<T>) {
       const E* panel = shared_.hidden_columns + r * panel_depth<E>(p_.dim);
       rows_times_panel<E, E, T>(weight, stride, words.end - words.begin, panel, std::min(kCols<T>, rows_ - r), p_.dim,
@@ -213,9 +248,9 @@ class CrossEntropy {
 
   void add_statistics(int64_t part) const {
     T *greatest = statistics(part, 0), *sums = statistics(part, 1), *totals = statistics(part, 2);
-    std::fill_n(greatest, layout_.logit_stride, std::numeric_limits<T>::lowest());
-    std::fill_n(sums, layout_.logit_stride, T(0));
-    std::fill_n(totals, layout_.logit_stride, T(0));
+    std::fill_n(greatest, layout_.block_rows, std::numeric_limits<T>::lowest());
+    std::fill_n(sums, layout_.block_rows, T(0));
+    std::fill_n(totals, layout_.block_rows, T(0));
     int64_t before = 0;
     each_block(part, [&](Words words) {
       const T* logits = make_logits(words);
@@ -298,28 +333,51 @@ class CrossEntropy {
   }
 
   void add_gradients(int64_t part) const {
+    const bool direct = sums_into_result();
+    const int sum = p_.grad_hidden && shared_.tree ? shared_.tree->take() : 0;
+    const Sum grad_hidden = direct ? Sum{result_rows(), p_.dim} : Sum{slab(sum), layout_.row_stride};
     bool first = true;
     each_block(part, [&](Words words) {
-      T* logits = layout_.keeps_logits ? shared_.logits + words.begin * layout_.logit_stride : make_logits(words);
-      differentiate(words, logits);
-      if (p_.grad_bias) add_grad_bias(words, logits);
-      if constexpr (kPairs<E>) round_gradients(words, logits);
-      if (p_.grad_weight) add_grad_weight(words, logits);
-      if (p_.grad_hidden) add_grad_hidden(words, logits, part, first);
+      T* logits = layout_.keeps_logits ? kept_logits(words) : make_logits(words);
+      T* grads = layout_.in_place ? logits : own_.block;
+      differentiate(words, logits, grads);
+      if (p_.grad_bias) add_grad_bias(words, grads);
+      if constexpr (kPairs<E>) round_gradients(words, grads);
+      if (p_.grad_hidden) add_grad_hidden(words, grads, grad_hidden, first);
+      if (p_.grad_weight) add_grad_weight(words, grads);
       first = false;
     });
-    if (first && p_.grad_hidden)  // a part of no words
-      std::fill_n(shared_.partial + part * layout_.block_rows * layout_.row_stride, rows_ * layout_.row_stride, T(0));
+    if (!p_.grad_hidden || direct) return;
+    if (first) std::fill_n(slab(sum), rows_ * layout_.row_stride, T(0));  // a part of no words
+    if (shared_.tree)
+      shared_.tree->give(static_cast<int>(part), sum, [&](int to, int from) { add_rows(slab(to), slab(from)); });
   }
 
-  // Logits become the gradients of theirs.
-  void differentiate(Words words, T* logits) const {
+  // Gradients of hidden: where there is one part of them, they are summed where they are wanted.
+  struct Sum {
+    T* data;
+    int64_t stride;
+  };
+  bool sums_into_result() const {
+    return std::is_same_v<S, T> && p_.grad_hidden && layout_.parts == 1 && p_.dim % V::kLanes == 0 &&
+           row(rows_ - 1) - row(0) == rows_ - 1;
+  }
+  T* result_rows() const { return reinterpret_cast<T*>(p_.grad_hidden + row(0) * p_.dim); }
+
+  T* slab(int i) const { return shared_.slabs + i * layout_.block_rows * layout_.row_stride; }
+  void add_rows(T* to, const T* from) const {
+    for (int64_t i = 0; i < rows_ * layout_.row_stride; i += V::kLanes)
+      (V::load(to + i) + V::load(from + i)).store(to + i);
+  }
+
+  void differentiate(Words words, const T* logits, T* grads) const {
     const V log2e = V::broadcast(ExpConstants<T>::kLog2e), uniform = V::broadcast(p_.smoothing / p_.vocab);
-    T* at = logits;
-    for (int64_t word = words.begin; word < words.end; ++word, at += layout_.logit_stride) {
+    T* at = grads;
+    for (int64_t word = words.begin; word < words.end;
+         ++word, logits += layout_.logit_stride, at += layout_.grad_stride) {
       const V shift = V::broadcast(bias(word));
       for (int64_t r = 0; r < rows_; r += V::kLanes) {
-        const V logit = p_.bias ? V::load(at + r) + shift : V::load(at + r);
+        const V logit = p_.bias ? V::load(logits + r) + shift : V::load(logits + r);
         V grad = exp2_nonpositive((logit - V::load(own_.greatest + r)) * log2e) * V::load(own_.factors + r);
         if (p_.smoothing != T(0)) grad = fnma(uniform, V::load(own_.weights + r), grad);
         grad.store(at + r);
@@ -328,12 +386,12 @@ class CrossEntropy {
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t word = p_.target[row(r)];
       if (words.begin <= word && word < words.end)
-        logits[(word - words.begin) * layout_.logit_stride + r] -= own_.weights[r] * (1 - p_.smoothing);
+        grads[(word - words.begin) * layout_.grad_stride + r] -= own_.weights[r] * (1 - p_.smoothing);
     }
   }
 
   void add_grad_bias(Words words, const T* grads) const {
-    for (int64_t word = words.begin; word < words.end; ++word, grads += layout_.logit_stride) {
+    for (int64_t word = words.begin; word < words.end; ++word, grads += layout_.grad_stride) {
       V sums = V::zero();
       for (int64_t r = 0; r < rows_; r += V::kLanes) sums = sums + V::load_partial(grads + r, rows_ - r);
       const T sum = total(sums);
@@ -344,13 +402,14 @@ class CrossEntropy {
   // In rows of words and in columns of rows, words in pairs.
   void round_gradients(Words words, const T* grads) const {
     const int64_t count = words.end - words.begin;
-    for (int64_t i = 0; i < count; i += 2, grads += 2 * layout_.logit_stride) {
-      E *row = own_.grad_rows + i * layout_.grad_stride, *column = own_.grad_columns + i * layout_.grad_stride;
+    for (int64_t i = 0; i < count; i += 2, grads += 2 * layout_.grad_stride) {
+      E *row = own_.rounded_rows + i * layout_.rounded_stride,
+        *column = own_.rounded_columns + i * layout_.rounded_stride;
       for (int64_t r = 0; r < rows_; r += V::kLanes) {
         const V first = V::load(grads + r),
-                second = i + 1 < count ? V::load(grads + layout_.logit_stride + r) : V::zero();
+                second = i + 1 < count ? V::load(grads + layout_.grad_stride + r) : V::zero();
         store_operand(first, row + r);
-        store_operand(second, row + layout_.grad_stride + r);
+        store_operand(second, row + layout_.rounded_stride + r);
         const FloatBits words = pair_lanes(operand_bits(first), operand_bits(second));
         memcpy(column + 2 * r, &words, sizeof(words));
       }
@@ -361,7 +420,7 @@ class CrossEntropy {
     const auto [from, stride] = operand_rows(grads);
     const int64_t count = words.end - words.begin;
     const Init init = first_ > 0 ? Init::kAccumulate : Init::kZero;
-    Ahead ahead = weight_ahead(p_.grad_hidden ? words : Words{});
+    Ahead ahead = rows_ahead(p_.weight, p_.grad_hidden ? after(words) : Words{});
     for (int64_t d = 0; d < p_.dim; d += kCols<T>) {
       const E* panel = shared_.hidden_panels + d * layout_.block_rows;
       const E* next = panel + layout_.block_rows * kCols<T>;
@@ -378,31 +437,35 @@ class CrossEntropy {
 
   Rows operand_rows(const T* grads) const {
     if constexpr (kPairs<E>)
-      return {own_.grad_rows, layout_.grad_stride};
+      return {own_.rounded_rows, layout_.rounded_stride};
     else
-      return {grads, layout_.logit_stride};
+      return {grads, layout_.grad_stride};
   }
 
-  void add_grad_hidden(Words words, const T* grads, int64_t part, bool first) const {
-    T* sums = shared_.partial + part * layout_.block_rows * layout_.row_stride;
+  void add_grad_hidden(Words words, const T* grads, Sum sum, bool first) const {
+    Ahead ahead = layout_.in_place       ? hidden_ahead(words)
+                  : layout_.fetches_sums ? rows_ahead(sums_.weight, words)
+                                         : Ahead{};
     for (int64_t d = 0; d < p_.dim; d += kCols<T>) {
       const int64_t count = words.end - words.begin;
-      E* panel = own_.panel + (kPairs<E> ? d * kBlockRows : 0);
+      E* panel = own_.panel + (kPairs<E> ? d * kWordsAtMost : 0);
       pack_columns(p_.weight + words.begin * p_.dim + d, p_.dim, count, p_.dim - d, panel);
       if constexpr (!kPairs<E>)
         each_tile([&](int64_t begin, int64_t end) {
-          run_tile_of<true>(static_cast<int>(end - begin), std::min(kCols<T>, p_.dim - d), 1,
-                            TileParams<T>{grads + begin, layout_.logit_stride, panel, kCols<T>, count,
-                                          sums + begin * layout_.row_stride + d, layout_.row_stride,
-                                          first ? Init::kZero : Init::kAccumulate, nullptr, panel});
+          run_tile_of<true>(
+              static_cast<int>(end - begin), std::min(kCols<T>, p_.dim - d), 1,
+              TileParams<T>{grads + begin, layout_.grad_stride, panel, kCols<T>, count,
+                            sum.data + begin * sum.stride + d, sum.stride, first ? Init::kZero : Init::kAccumulate,
+                            nullptr, ahead.take(count / 2 * kFetched<T>, static_cast<const T*>(panel))});
         });
     }
     if constexpr (kPairs<E>)  // with all panels at once: columns of A may have to be brought into rows
       each_tile([&](int64_t begin, int64_t end) {
-        multiply<true>(end - begin, words.end - words.begin, p_.dim,
-                       PanelProduct<E>{own_.grad_columns + 2 * begin, 2 * layout_.grad_stride, own_.panel, 2 * kCols<T>,
-                                       kBlockRows * kCols<T>, sums + begin * layout_.row_stride, layout_.row_stride},
-                       !first);
+        multiply<true>(
+            end - begin, words.end - words.begin, p_.dim,
+            PanelProduct<E>{own_.rounded_columns + 2 * begin, 2 * layout_.rounded_stride, own_.panel, 2 * kCols<T>,
+                            kWordsAtMost * kCols<T>, sum.data + begin * sum.stride, sum.stride},
+            !first);
       });
   }
   // body(begin, end) for every tile of the block's rows.
@@ -414,16 +477,10 @@ class CrossEntropy {
 
   void write_grad_hidden() const {
     const auto own = team_.split(rows_);
-    const int64_t step = layout_.block_rows * layout_.row_stride;
-    for (int64_t r = own.begin; r < own.end; ++r) {
-      const T* from = shared_.partial + r * layout_.row_stride;
-      S* to = p_.grad_hidden + row(r) * p_.dim;
-      for (int64_t d = 0; d < p_.dim; d += V::kLanes) {
-        V sum = V::load(from + d);
-        for (int64_t part = 1; part < layout_.parts; ++part) sum = sum + V::load(from + part * step + d);
-        store_as(sum, to + d, p_.dim - d);
-      }
-    }
+    const T* from = slab(shared_.tree ? shared_.tree->total() : 0);
+    for (int64_t r = own.begin; r < own.end; ++r)
+      for (int64_t d = 0; d < p_.dim; d += V::kLanes)
+        store_as(V::load(from + r * layout_.row_stride + d), p_.grad_hidden + row(r) * p_.dim + d, p_.dim - d);
   }
 
   const CrossEntropyParams<S>& p_;
