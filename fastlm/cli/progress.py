@@ -52,13 +52,14 @@ class _Stages:
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task: TaskID | None = None
 
-    def show(self, stage: str, done: float) -> None:
-        """Moves the bar, or begins a new one."""
-        if self._task is None:
-            self._bar.start()
-            self._task = self._bar.add_task(stage, total=1)
-        elif self._bar.tasks[0].description != stage:
-            self._bar.reset(self._task, description=stage)
+    def show(self, stage: str, done: float | None) -> None:
+        """Moves the bar, or begins a new one, which only moves to and fro where `done` is None."""
+        if self._task is None or self._bar.tasks[0].description != stage:
+            if self._task is None:
+                self._bar.start()
+            else:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(stage, total=None if done is None else 1)
         self._bar.update(self._task, completed=done)
 
     def close(self) -> None:

@@ -67,7 +67,7 @@ def scaled_dot_product_attention(
         TypeError: an argument is no Tensor.
     """
     plain = attn_mask is None and not dropout_p and are_plain(query, key, value)
-    if plain and (enable_gqa or query.shape[1] == key.shape[1]):
+    if plain and (enable_gqa or query.shape[1] == key.shape[1]) and _is_plain_scale(scale):
         try:
             return _plain(query, key, value, is_causal, scale)
         except (RuntimeError, ValueError):
@@ -84,6 +84,10 @@ def scaled_dot_product_attention(
     options = {"causal": causal, "scale": scale, "dropout_p": dropout_p}
     output = checked_attention(q, k, v, mask=mask, **options, names=_TORCHS_NAMES)  # type: ignore[arg-type]
     return output.reshape(*batch, *output.shape[-2:])  # type: ignore[union-attr]
+
+
+def _is_plain_scale(scale: Any) -> bool:
+    return scale is None or (type(scale) is float and abs(scale) < _LARGE)
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None) -> Tensor:
@@ -207,9 +211,8 @@ def attention(
     """
     nothing = mask is None and softcap is None and alibi_slopes is None and sinks is None and kv_lengths is None
     if nothing and window is _ALL_KEYS and return_lse is False and are_plain(q, k, v):
-        known = scale is None or (type(scale) is float and abs(scale) < _LARGE)
-        known = known and type(dropout_p) is float and dropout_p == 0
-        if known and (causal is None or (type(causal) is str and causal == "upper_left")):
+        known = type(dropout_p) is float and dropout_p == 0
+        if known and _is_plain_scale(scale) and (causal is None or (type(causal) is str and causal == "upper_left")):
             try:
                 return _plain(q, k, v, causal is not None, scale)
             except (RuntimeError, ValueError):

@@ -22,7 +22,7 @@ PIECE_CHARACTERS = 1 << 16  # a row of text; long, so that few words are cut at 
 ROWS_AT_ONCE = 16  # that the threads of the tokenizer share
 
 Batch = dict[str, Any]
-Show = Callable[[str, float], None]  # gets a stage's name and how much of it is done, 0 to 1
+Show = Callable[[str, float | None], None]  # gets a stage's name and how much is done, 0 to 1; None: nobody knows
 _T = TypeVar("_T")
 
 
@@ -45,6 +45,11 @@ class Progress:
             yield item
             done += size(item)
             self.show(stage, done / total)
+
+    def then(self, stage: str, items: Iterable[_T]) -> Iterator[_T]:
+        """The items, and then a stage that cannot be looked into."""
+        yield from items
+        self.show(stage, None)
 
     def texts(self, stage: str, split: "Split") -> Iterator[str]:
         """A split's texts."""

@@ -135,6 +135,8 @@ def load_corpus(options: TrainingOptions, saved: Path | None = None, progress: P
         _check_length(options, name, part.characters, "characters")
     if saved is None:
         texts = progress.texts("learning the vocabulary", parts[0])
+        if options.vocabulary == "bpe":
+            texts = progress.then("merging byte pairs", texts)
         tokenizer = learn_tokenizer(texts, options.vocabulary, options.vocab_size, normalizer)
     else:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(saved)

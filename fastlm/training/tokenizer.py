@@ -1,8 +1,10 @@
 """Vocabularies of characters, words or byte pairs, learnt from a text and saved in the form of transformers."""
 
 import itertools
+import threading
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -48,7 +50,7 @@ def learn_tokenizer(
         tokenizer.model = models.WordLevel({piece: i for i, piece in enumerate([UNKNOWN, *characters])}, UNKNOWN)
     elif kind == "word":
         trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=[UNKNOWN], show_progress=False)
-        tokenizer.train_from_iterator(texts, trainer)
+        _train(tokenizer, texts, trainer)
     else:
         _learn_byte_pairs(tokenizer, texts, vocab_size)
     unknown = None if kind == "bpe" else UNKNOWN
@@ -72,4 +74,21 @@ def _learn_byte_pairs(tokenizer: Tokenizer, texts: Iterable[str], vocab_size: in
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    _train(tokenizer, texts, trainer)
+
+
+def _train(tokenizer: Tokenizer, texts: Iterable[str], trainer: Any) -> None:
+    """In a thread of its own: a trainer may take minutes, and does not hear of Ctrl-C."""
+    failures: list[BaseException] = []
+
+    def train() -> None:
+        try:
+            tokenizer.train_from_iterator(texts, trainer)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=train, name="learning a vocabulary", daemon=True)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]

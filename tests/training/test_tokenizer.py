@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from fastlm.training.tokenizer import UNKNOWN, learn_tokenizer, make_normalizer
+from tests.child import check_python
 from tests.training.conftest import make_text
 
 TEXT = make_text(3000) + "  two  spaces\ttab \u2019tis it\u2019s 🙂é\n\n\n(end)"
@@ -59,3 +60,33 @@ def test_byte_pairs_of_a_text_without_spaces():
     assert len(ids) < 0.4 * len(text)
     repeated = learn_tokenizer(["ab" * 50_000], "bpe", 400, make_normalizer())
     assert max(len(token) for token in repeated.get_vocab()) == 64
+
+
+CTRL_C = """
+import os, random, signal, threading
+from fastlm.training.tokenizer import learn_tokenizer, make_normalizer
+
+def texts():
+    yield "".join(random.Random(0).choices("abcdefgh ", k=1_000_000))
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+try:
+    learn_tokenizer(texts(), "bpe", 30_000, make_normalizer())
+except KeyboardInterrupt:
+    print(sum(thread.name == "learning a vocabulary" for thread in threading.enumerate()))
+"""
+
+
+def test_learning_hears_of_ctrl_c():
+    """Not only when it is done."""
+    assert check_python(CTRL_C).strip() == "1"
+
+
+@pytest.mark.parametrize("kind", ["char", "word", "bpe"])
+def test_a_text_that_cannot_be_read(kind):
+    def texts():
+        yield "some"
+        raise OSError("no more")
+
+    with pytest.raises(OSError, match="no more"):
+        learn_tokenizer(texts(), kind, 300, make_normalizer())
