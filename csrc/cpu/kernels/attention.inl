@@ -3,6 +3,7 @@
 
 #include "cpu/kernels/attention_backward.inl"
 #include "cpu/kernels/attention_decode.inl"
+#include "cpu/subnormals.h"
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
@@ -23,6 +24,7 @@ void decode(const AttentionForwardParams<S>& p, const AttentionPlan& plan, Paral
   const auto buffers = Pass::Buffers::take(workspace, p, plan);
   const auto items = static_cast<int64_t>(plan.items.size());
   run_team(parallel_for, plan.threads, plan.work_ns, [&](const Team& team) {
+    const FlushSubnormals flushing;
     Pass pass(p, plan, buffers, team.rank);
     share_all(team, items, [&](int64_t i) { pass.run(i); });
     team.barrier();
@@ -40,6 +42,7 @@ void attention_forward(const AttentionForwardParams<S>& p, const AttentionPlan& 
   std::vector<typename Pass::Buffers> buffers;
   for (int i = 0; i < plan.threads; ++i) buffers.push_back(Pass::Buffers::take(workspace, p, plan.most_rows));
   run_team(parallel_for, plan.threads, plan.work_ns, [&](const Team& team) {
+    const FlushSubnormals flushing;
     const TileRegisters in_use;
     Pass pass(p, buffers[team.rank]);
     share_all(team, static_cast<int64_t>(plan.items.size()), [&](int64_t i) { pass.run(plan.items[i]); });
@@ -61,6 +64,7 @@ void attention_backward(const AttentionBackwardParams<S>& p, const AttentionPlan
     buffers[i].partial = buffers[0].partial;
   }
   run_team(parallel_for, plan.threads, plan.work_ns, [&](const Team& team) {
+    const FlushSubnormals flushing;
     const TileRegisters in_use;
     Pass pass(p, plan, buffers[team.rank]);
     share_all(team, static_cast<int64_t>(plan.items.size()), [&](int64_t i) { pass.run(plan.items[i]); });

@@ -9,6 +9,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/kernels/cross_entropy_pass.inl"
+#include "cpu/subnormals.h"
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
@@ -102,6 +103,7 @@ template <class S>
 void cross_entropy(const CrossEntropyParams<S>& p, const CrossEntropyPlan& plan, ParallelFor parallel_for) {
   const CrossEntropyCall<S> call(p, plan);
   run_team(parallel_for, plan.threads, plan.work_ns, [&](const Team& team) {
+    const FlushSubnormals flushing;
     const TileRegisters in_use;
     call.run(team);
   });

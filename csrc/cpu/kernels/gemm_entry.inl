@@ -7,6 +7,7 @@
 #include "cpu/cost.h"
 #include "cpu/isa.h"
 #include "cpu/kernels/operands.inl"
+#include "cpu/subnormals.h"
 #include "cpu/workspace.h"
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
@@ -19,7 +20,10 @@ void gemm_entry(const GemmParams<T>& p, int threads, ParallelFor parallel_for) {
     take(workspace);
     workspace.allocate();
     const auto buffers = take(workspace);
-    run_team(parallel_for, threads, work_ns, [&](const Team& team) { body(buffers, team); });
+    run_team(parallel_for, threads, work_ns, [&](const Team& team) {
+      const FlushSubnormals flushing;
+      body(buffers, team);
+    });
   };
   if (reads_weights_in_place(p))
     return run([&](Workspace& workspace) { return FewRowsBuffers<T>::take(workspace, p, threads); },

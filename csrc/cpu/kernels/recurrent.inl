@@ -11,6 +11,7 @@
 #include "cpu/kernels/recurrent_backward.inl"
 #include "cpu/kernels/recurrent_forward.inl"
 #include "cpu/kernels/stream.inl"
+#include "cpu/subnormals.h"
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
@@ -21,6 +22,7 @@ void forward_with_panels(const RecurrentForwardParams<S>& p, const RecurrentPlan
   workspace.allocate();
   const auto buffers = ForwardBuffers<S, P>::template take<Cell>(workspace, p, plan);
   run_team(parallel_for, plan.threads, plan.work_ns, [&](const Team& team) {
+    const FlushSubnormals flushing;
     const TileRegisters in_use;
     ForwardPass<S, P, Cell>(p, plan, buffers, team).run();
   });
@@ -42,6 +44,7 @@ void backward_with_operands(const RecurrentBackwardParams<S>& p, const Recurrent
   workspace.allocate();
   const auto buffers = Buffers::take(workspace, p, plan);
   run_team(parallel_for, plan.threads, plan.work_ns, [&](const Team& team) {
+    const FlushSubnormals flushing;
     const TileRegisters in_use;
     BackwardPass<S, E, Cell>(p, plan, buffers, team).run();
   });

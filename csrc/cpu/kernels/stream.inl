@@ -5,6 +5,7 @@
 
 #include "cpu/kernels/recurrent_forward.inl"
 #include "cpu/stream.h"
+#include "cpu/subnormals.h"
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
@@ -64,6 +65,7 @@ class StreamStack final : public Stream<S> {
       x = copy.data();
     }
     run_team(parallel_for, plan.threads, plan.work_ns, [&](const Team& team) {
+      const FlushSubnormals flushing;
       const TileRegisters in_use;
       for (int64_t i = 0; i < params_.layers; ++i) {
         Params p = layer(i);

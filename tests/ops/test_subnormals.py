@@ -1,0 +1,84 @@
+"""Numbers below the smallest normal one: kernels take them for zero, and after a call they are numbers again."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastlm
+from fastlm.ops.gemm import gemm
+from tests.numerics import check_recurrent, forward_backward, kernels_only, make_recurrent, run_fastlm, run_torch
+
+pytestmark = kernels_only
+TINY = torch.finfo(torch.float32).tiny
+
+
+def subnormal(x: Tensor) -> Tensor:
+    return (x != 0) & (x.abs() < TINY)
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_gradients_that_vanish_over_time(kind: str, isa: str) -> None:
+    """What arrives at the last step comes to nothing on the way to the first. As subnormal numbers would take a hundred
+    times as long."""
+    case = make_recurrent(kind, 400, 3, 8, 20)
+    true = forward_backward(run_torch, case.to(torch.float64), arriving=["h_n"])["grad_x"][0]
+    assert 0 < true.abs().max() < TINY
+    for name, value in forward_backward(run_fastlm, case, arriving=["h_n"]).items():
+        assert not subnormal(value).any(), name
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_gradients_that_vanish_are_as_exact_as_torchs(kind: str) -> None:
+    check_recurrent(make_recurrent(kind, 300, 7, 5, 33), arriving=["h_n"])
+
+
+def test_products(isa: str) -> None:
+    a = torch.full((40, 70), 1e-25)
+    assert (gemm(a, a, False, True) == 0).all()
+    assert (gemm(a * 1e-15, torch.ones(70, 40), False, False) == 0).all()
+
+
+def call_recurrent() -> None:
+    fastlm.nn.GRU(64, 64)(torch.randn(64, 64, 64))[0].sum().backward()
+
+
+def call_stream() -> None:
+    fastlm.nn.Stream(fastlm.nn.LSTM(64, 512), 32).step(torch.randn(32, 64))
+
+
+def call_attention() -> None:
+    q = torch.randn(2, 4, 256, 64, requires_grad=True)
+    fastlm.ops.scaled_dot_product_attention(q, q, q).sum().backward()
+
+
+def call_decode() -> None:
+    kv = torch.randn(1, 8, 4096, 64)
+    fastlm.ops.scaled_dot_product_attention(torch.randn(1, 8, 1, 64), kv, kv)
+
+
+def call_output_layer() -> None:
+    hidden, weight = torch.randn(512, 64, requires_grad=True), torch.randn(1000, 64, requires_grad=True)
+    fastlm.ops.linear_cross_entropy(hidden, weight, torch.randint(0, 1000, (512,))).backward()
+
+
+def call_product() -> None:
+    gemm(torch.randn(256, 256), torch.randn(256, 256), False, False)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(
+    "call", [call_recurrent, call_stream, call_attention, call_decode, call_output_layer, call_product]
+)
+@pytest.mark.parametrize("flushed", [False, True])
+def test_threads_compute_as_they_did_before(call: Callable[[], None], flushed: bool) -> None:
+    small = torch.full((1 << 20,), 1e-40)  # so many that all threads take part
+    try:
+        torch.set_flush_denormal(flushed)
+        call()
+        halves = small * 0.5
+    finally:
+        torch.set_flush_denormal(False)
+    # torch sets this thread alone.
+    assert (halves[:1000] == 0).all() if flushed else (halves != 0).all()
