@@ -161,6 +161,16 @@ class Resets(Layer):
 
 
 @dataclass(frozen=True)
+class LastStep(Layer):
+    """A layer of whose output the last step alone is used, as a classifier does: gradients vanish towards the first."""
+
+    def grad_output(self, output: Tensor) -> Tensor:
+        grad = super().grad_output(output)
+        grad[:-1] = 0
+        return grad
+
+
+@dataclass(frozen=True)
 class OneStep(Layer):
     """One step of a sequence, the state carried from call to call; fastlm runs it through a Stream."""
 
@@ -382,6 +392,7 @@ def _recurrent(op: str) -> tuple[Layer, ...]:
         Layer(op, "b32_t64_256_bi", 32, 64, 256, 256, bidirectional=True),
         Varlen(op, "b32_t128_256_varlen", 32, 128, 256, 256),
         Resets(op, "b32_t128_256_resets", 32, 128, 256, 256),
+        LastStep(op, "b32_t400_256_last", 32, 400, 256, 256, modes=("training",)),
         Layer(op, "b8_t128_512_bf16", 8, 128, 512, 512, dtype=torch.bfloat16),
         Layer(op, "b16_t64_256_bf16", 16, 64, 256, 256, dtype=torch.bfloat16),
         *(

@@ -26,6 +26,7 @@ SUMMARY = {
     "GRU layers and cells": r"gru/(b.*(\d|_2layer|_bi)|cell.*)",
     "LSTM layers and cells": r"lstm/(b.*(\d|_2layer|_bi)|cell.*)",
     "GRU and LSTM: several lengths, episodes": r"(gru|lstm)/.*_(varlen|resets)",
+    "GRU and LSTM: gradients from the last of 400 steps": r"(gru|lstm)/.*_last",
     "GRU and LSTM: single steps, state carried (`Stream`)": r"(gru|lstm)/stream_b1.*",
     "attention, every key seen": r"attention/(.*_full|bias.*)",
     "attention, causal": r"attention/(?!drop).*_causal",

@@ -206,7 +206,8 @@ def attention(
         TypeError: an argument has the wrong type.
 
     Numerics: products and sums in float32 for bfloat16. Error against a float64 reference at most 2x (gradients 3x)
-    that of torch's attention, plus rounding. Results do not depend on the number of threads.
+    that of torch's attention, plus rounding. Results do not depend on the number of threads. Subnormal numbers count
+    as zero.
     Flash attention: Dao et al. 2022 (arXiv:2205.14135).
     """
     nothing = mask is None and softcap is None and alibi_slopes is None and sinks is None and kv_lengths is None

@@ -47,9 +47,10 @@ def linear_cross_entropy(
         TypeError: an argument has the wrong type.
 
     Numerics: products and sums in float32 for bfloat16. Error against a float64 reference at most 2x (gradients 3x)
-    that of torch's, plus rounding. Results do not depend on the number of threads. Extra memory: the logits of some
-    rows, 32 MiB, and hidden's gradient 16 times over 256 rows, or, with up to 512 words, weight's gradient 16 times;
-    bfloat16: also weight's gradient in float32.
+    that of torch's, plus rounding. Results do not depend on the number of threads. Subnormal numbers count as zero.
+    Extra memory: the logits of some rows, 40 MiB, with 80,000 to 160,000 words 80 MiB, and hidden's gradient over 256
+    rows 16 times at most, fewer with few threads, or, with up to 512 words, weight's gradient 16 times; bfloat16: also
+    weight's gradient in float32.
     Blocks of logits: Wijmans et al. 2024 (arXiv:2411.09009).
     """
     options = (ignore_index, reduction, label_smoothing)

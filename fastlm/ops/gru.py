@@ -55,7 +55,8 @@ def gru(
         TypeError: an argument is no Tensor.
 
     Numerics: accumulates in the input's dtype, bfloat16 in float32. Error against a float64 reference at most 2x
-    (gradients 3x) that of torch.nn.GRU, plus rounding. Results do not depend on the number of threads.
+    (gradients 3x) that of torch.nn.GRU, plus rounding. Results do not depend on the number of threads. Subnormal
+    numbers count as zero.
     Differentiable in every floating-point tensor, any number of times.
     """
     sequences = _common.check_sequences(x, lengths, batch_sizes, reset_mask)

@@ -60,6 +60,7 @@ def lstm(
 
     Numerics: accumulates in the input's dtype, bfloat16 in float32 with c in float32. Error against a float64 reference
     at most 2x (gradients 3x) that of torch.nn.LSTM, plus rounding. Results do not depend on the number of threads.
+    Subnormal numbers count as zero.
     Differentiable in every floating-point tensor, any number of times.
     """
     h0, c0 = _pair(state)
