@@ -8,7 +8,15 @@ from torch import Tensor
 
 import fastlm
 from fastlm.ops.gemm import gemm
-from tests.numerics import check_recurrent, forward_backward, kernels_only, make_recurrent, run_fastlm, run_torch
+from tests.numerics import (
+    Outputs,
+    check_recurrent,
+    forward_backward,
+    kernels_only,
+    make_recurrent,
+    run_fastlm,
+    run_torch,
+)
 
 pytestmark = kernels_only
 TINY = torch.finfo(torch.float32).tiny
@@ -34,14 +42,25 @@ def test_gradients_that_vanish_are_as_exact_as_torchs(kind: str) -> None:
     check_recurrent(make_recurrent(kind, 300, 7, 5, 33), arriving=["h_n"])
 
 
+@pytest.mark.parametrize("names", [("x", "h0", "c0"), ("w_ih",), ("w_hh",)], ids=lambda names: names[0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=("fp32", "fp64"))
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_inputs(kind: str, dtype: torch.dtype, names: tuple[str, ...], isa: str) -> None:
+    case = make_recurrent(kind, 4, 3, 5, 9, dtype=dtype, bias="none")
+
+    def results(factor: float) -> Outputs:
+        scaled = case.map(lambda name, tensor: tensor * factor if name in names else tensor)
+        return forward_backward(run_fastlm, scaled)
+
+    zeros = results(0.0)
+    for name, value in results(torch.finfo(dtype).tiny / 64).items():
+        assert torch.equal(value, zeros[name]), name
+
+
 def test_products(isa: str) -> None:
     a = torch.full((40, 70), 1e-25)
     assert (gemm(a, a, False, True) == 0).all()
     assert (gemm(a * 1e-15, torch.ones(70, 40), False, False) == 0).all()
-
-
-def call_recurrent() -> None:
-    fastlm.nn.GRU(64, 64)(torch.randn(64, 64, 64))[0].sum().backward()
 
 
 def call_stream() -> None:
@@ -68,11 +87,10 @@ def call_product() -> None:
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize(
-    "call", [call_recurrent, call_stream, call_attention, call_decode, call_output_layer, call_product]
-)
+@pytest.mark.parametrize("call", [call_stream, call_attention, call_decode, call_output_layer, call_product])
 @pytest.mark.parametrize("flushed", [False, True])
 def test_threads_compute_as_they_did_before(call: Callable[[], None], flushed: bool) -> None:
+    """Of recurrent layers, test_threads.py has it."""
     small = torch.full((1 << 20,), 1e-40)  # so many that all threads take part
     try:
         torch.set_flush_denormal(flushed)
