@@ -157,6 +157,10 @@ class CrossEntropy {
 
  private:
   using Words = Team::Range;
+  struct Rows {
+    const E* data;
+    int64_t stride;
+  };
 
   int64_t row(int64_t r) const { return p_.live[first_ + r]; }
   T row_weight(int64_t r) const { return p_.row_weights ? p_.row_weights[row(r)] : p_.row_weight; }
@@ -186,16 +190,24 @@ class CrossEntropy {
   // The block's rows of hidden in the forms that the products take.
   void gather() const {
     const auto own = team_.split(rows_, kCols<T>);
-    for (int64_t r = own.begin; r < own.end; ++r)
-      copy_rows(p_.hidden + row(r) * p_.dim, 0, 1, p_.dim, shared_.hidden + r * layout_.row_stride, 0);
+    const auto [rows, stride] = hidden_rows(own);
     for (int64_t r = own.begin; r < own.end; r += kCols<T>)
-      pack_transposed(shared_.hidden + r * layout_.row_stride, layout_.row_stride, p_.dim,
-                      std::min(kCols<T>, own.end - r), shared_.hidden_columns + r * panel_depth<E>(p_.dim));
+      pack_transposed(rows + r * stride, stride, p_.dim, std::min(kCols<T>, own.end - r),
+                      shared_.hidden_columns + r * panel_depth<E>(p_.dim));
     if (!p_.grad_weight) return;
     for (int64_t d = 0; d < p_.dim; d += kCols<T>)
-      pack_columns(shared_.hidden + own.begin * layout_.row_stride + d, layout_.row_stride, own.end - own.begin,
-                   p_.dim - d, shared_.hidden_panels + d * layout_.block_rows + own.begin * kCols<T>);
+      pack_columns(rows + own.begin * stride + d, stride, own.end - own.begin, p_.dim - d,
+                   shared_.hidden_panels + d * layout_.block_rows + own.begin * kCols<T>);
   }
+  // Copied only where they lie apart, are of another type or end in half a pair.
+  Rows hidden_rows(Team::Range own) const {
+    if constexpr (std::is_same_v<S, E>)
+      if (consecutive() && p_.dim % kPairing<E> == 0) return {p_.hidden + row(0) * p_.dim, p_.dim};
+    for (int64_t r = own.begin; r < own.end; ++r)
+      copy_rows(p_.hidden + row(r) * p_.dim, 0, 1, p_.dim, shared_.hidden + r * layout_.row_stride, 0);
+    return {shared_.hidden, layout_.row_stride};
+  }
+  bool consecutive() const { return row(rows_ - 1) - row(0) == rows_ - 1; }
   // A panel of up to kCols columns of these rows.
   template <class From>
   static void pack_columns(const From* from, int64_t stride, int64_t rows, int64_t width, E* panel) {
@@ -205,10 +217,6 @@ class CrossEntropy {
       pack_rows(from, stride, rows, std::min(kCols<T>, width), panel);
   }
 
-  struct Rows {
-    const E* data;
-    int64_t stride;
-  };
   Rows weight(Words words) const {
     const S* from = p_.weight + words.begin * p_.dim;
     if constexpr (std::is_same_v<S, E>)
@@ -359,8 +367,7 @@ class CrossEntropy {
     int64_t stride;
   };
   bool sums_into_result() const {
-    return std::is_same_v<S, T> && p_.grad_hidden && layout_.parts == 1 && p_.dim % V::kLanes == 0 &&
-           row(rows_ - 1) - row(0) == rows_ - 1;
+    return std::is_same_v<S, T> && p_.grad_hidden && layout_.parts == 1 && p_.dim % V::kLanes == 0 && consecutive();
   }
   T* result_rows() const { return reinterpret_cast<T*>(p_.grad_hidden + row(0) * p_.dim); }
 
