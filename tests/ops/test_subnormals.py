@@ -28,7 +28,7 @@ def subnormal(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_gradients_that_vanish_over_time(kind: str, isa: str) -> None:
-    """What arrives at the last step comes to nothing on the way to the first. As subnormal numbers would take a hundred
+    """What arrives at the last step comes to nothing on the way to the first; subnormal numbers would take a hundred
     times as long."""
     case = make_recurrent(kind, 400, 3, 8, 20)
     true = forward_backward(run_torch, case.to(torch.float64), arriving=["h_n"])["grad_x"][0]
