@@ -290,11 +290,12 @@ Bytes attention(const AttentionSizes& s, int options, const Pool& pool) {
   return results;
 }
 
-// The output layer with its loss, every third row without a target; forward, or backward from forward's statistics.
+// The output layer with its loss, every third row without a target or all with one; forward, or backward from forward's
+// statistics.
 struct OutputSizes {
   int64_t rows, vocab, dim;
 };
-enum : int { kWithBias = 1, kSmoothing = 2, kBackward = 4, kAllGradients = 8, kOutputOptions = 16 };
+enum : int { kWithBias = 1, kSmoothing = 2, kBackward = 4, kAllGradients = 8, kEveryRow = 16, kOutputOptions = 32 };
 
 template <class S>
 Bytes output_layer(const OutputSizes& s, int options, const Pool& pool) {
@@ -304,7 +305,7 @@ Bytes output_layer(const OutputSizes& s, int options, const Pool& pool) {
   const auto grad_losses = random<T>(s.rows);
   std::vector<int64_t> target(s.rows, -1), live;
   for (int64_t row = 0; row < s.rows; ++row)
-    if (row % 3) target[row] = generator() % s.vocab, live.push_back(row);
+    if (row % 3 || options & kEveryRow) target[row] = generator() % s.vocab, live.push_back(row);
   std::vector<T> losses(s.rows), statistics(2 * s.rows);
   std::vector<S> grad_hidden(hidden.size()), grad_weight(weight.size()), grad_bias(bias.size());
   CrossEntropyParams<S> p{s.rows, s.vocab, s.dim, hidden.data(), weight.data()};
@@ -407,8 +408,8 @@ void run_attention() {
 
 // What language models have besides: rows in several blocks or items, words in several blocks of several parts, one
 // word.
-constexpr OutputSizes kOutputs[] = {{1, 1, 1},      {5, 33, 17}, {300, 70, 9},  {900, 40, 9},
-                                    {40, 3500, 33}, {0, 4, 3},   {7, 130, 300}, {300, 600, 9}};
+constexpr OutputSizes kOutputs[] = {{1, 1, 1}, {5, 33, 17},   {300, 70, 9},  {900, 40, 9},  {40, 3500, 33},
+                                    {0, 4, 3}, {7, 130, 300}, {300, 600, 9}, {300, 100, 64}};
 
 template <class S>
 void run_models() {
