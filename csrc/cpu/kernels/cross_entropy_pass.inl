@@ -52,6 +52,7 @@ class CrossEntropy {
   struct Layout {
     int64_t block_rows, row_stride, logit_stride, grad_stride, rounded_stride, parts;
     bool keeps_logits, in_place, copies_weight;  // in_place: logits become their gradients where they lie
+    bool few_words;                              // whose logits stay in cache
     bool fetches_sums;                           // of gradients of weight, of a block of words, before its product
 
     static Layout make(const CrossEntropyParams<S>& p, const CrossEntropyPlan& plan) {
@@ -63,7 +64,8 @@ class CrossEntropy {
       if (l.keeps_logits) l.block_rows = std::min(l.block_rows, kept);
       l.row_stride = FASTLM_ISA_NAMESPACE::row_stride<T>(panels_for<T>(p.dim) * kCols<T>);
       l.grad_stride = FASTLM_ISA_NAMESPACE::row_stride<T>(l.block_rows);
-      l.in_place = !l.keeps_logits || p.vocab * l.grad_stride * int64_t{sizeof(T)} <= kBytesInPlace;
+      l.few_words = p.vocab * l.grad_stride * int64_t{sizeof(T)} <= kBytesInPlace;
+      l.in_place = !l.keeps_logits || l.few_words;
       // Padding costs memory, and is needed where few sets of the cache would hold all words.
       const bool dense = !l.in_place && l.block_rows * sizeof(T) % 512 != 0;
       l.logit_stride = dense ? l.block_rows : l.grad_stride;
@@ -450,9 +452,11 @@ class CrossEntropy {
   }
 
   void add_grad_hidden(Words words, const T* grads, Sum sum, bool first) const {
-    Ahead ahead = layout_.in_place       ? hidden_ahead(words)
-                  : layout_.fetches_sums ? rows_ahead(sums_.weight, words)
-                                         : Ahead{};
+    Ahead ahead{};
+    if (layout_.few_words)
+      ahead = hidden_ahead(words);
+    else if (layout_.fetches_sums)
+      ahead = rows_ahead(sums_.weight, words);
     for (int64_t d = 0; d < p_.dim; d += kCols<T>) {
       const int64_t count = words.end - words.begin;
       E* panel = own_.panel + (kPairs<E> ? d * kWordsAtMost : 0);
