@@ -9,8 +9,7 @@
 namespace fastlm::cpu {
 namespace {
 
-// Every part has sums of its own for the gradient of hidden: many cost memory, few leave threads idle at the end.
-constexpr int64_t kWordsAtLeast = 32;
+constexpr int64_t kWordsAtLeast = 32;  // of a part
 // Of so few words, rows are shared. Every item has a gradient of weight of its own.
 constexpr int64_t kFewWords = 512, kItemsAtMost = 16, kRowsAtLeast = 128;
 

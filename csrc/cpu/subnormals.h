@@ -1,6 +1,6 @@
 // Subnormal numbers, below 1.2e-38 in float, count as zero while one of these lives on its thread.
 //
-// Intel's processors take a hundred times as long for them as for others, and they come by the million: a gradient that
+// Intel's processors take many times as long for them as for others, and they come by the million: a gradient that
 // arrives at the last of 400 steps has become so small at the first ones that backward would take 20 times as long.
 #pragma once
 

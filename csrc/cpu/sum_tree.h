@@ -11,7 +11,7 @@ namespace fastlm::cpu {
 // which there are as many as parts; those free again are taken first, so that few are ever touched.
 class SumTree {
  public:
-  static constexpr int kPartsAtMost = 16;
+  static constexpr int kPartsAtMost = 16;  // many cost memory, few leave threads idle at the end
 
   explicit SumTree(int parts) : parts_(parts), free_count_(parts) {
     for (int i = 0; i < parts; ++i) free_[i] = parts - 1 - i, waiting_[i] = kNone;

@@ -81,7 +81,7 @@ def train(
         overwrite (bool): replace a run in options.output. Default: False.
         callbacks (sequence of TrainerCallback): further ones, to show progress. Default: none.
         show (callable, optional): show(stage, done) is called before the first step: what is done with the text, and
-            how much of it, 0 to 1. Default: None.
+            how much of it, 0 to 1, or None where nobody knows. Default: None.
 
     Raises:
         OSError, ValueError: the data, an option or the output folder is no good, or the loss never was a number; the

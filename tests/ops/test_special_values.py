@@ -9,10 +9,12 @@ import torch
 from tests.numerics import (
     Outputs,
     Recurrent,
+    check_case,
     check_recurrent,
     forward_backward,
     make_recurrent,
     run_fastlm,
+    run_reference,
     run_torch,
 )
 
@@ -77,6 +79,17 @@ def test_large_cell_states(size: float) -> None:
 def test_every_gate_at_infinity(kind: str, sign: int) -> None:
     case = make_recurrent(kind, 3, 2, 4, 9)
     check_recurrent(case.map(lambda name, t: torch.full_like(t, sign * float("inf")) if name == "b_ih" else t))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=("fp32", "fp64"))
+def test_denormals_in_the_reference(kind: str, dtype: torch.dtype) -> None:
+    """To the kernels they are zeros: test_subnormals.py."""
+    tiny = torch.finfo(dtype).tiny / 64
+    case = make_recurrent(kind, 4, 3, 5, 9, dtype=dtype, bias="none")
+    for names in (("x", "h0", "c0"), ("w_hh",)):
+        scaled = case.map(lambda name, tensor, names=names: tensor * tiny if name in names else tensor)
+        check_case(scaled, run_reference, run_torch)
 
 
 @pytest.mark.parametrize("kind", KINDS)

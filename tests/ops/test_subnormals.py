@@ -1,6 +1,7 @@
 """Numbers below the smallest normal one: kernels take them for zero, and after a call they are numbers again."""
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def subnormal(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_gradients_that_vanish_over_time(kind: str, isa: str) -> None:
-    """What arrives at the last step comes to nothing on the way to the first; subnormal numbers would take a hundred
+    """What arrives at the last step comes to nothing on the way to the first; subnormal numbers would take many
     times as long."""
     case = make_recurrent(kind, 400, 3, 8, 20)
     true = forward_backward(run_torch, case.to(torch.float64), arriving=["h_n"])["grad_x"][0]
@@ -63,6 +64,11 @@ def test_products(isa: str) -> None:
     assert (gemm(a * 1e-15, torch.ones(70, 40), False, False) == 0).all()
 
 
+def call_recurrent() -> None:
+    for kind, batch in product(("gru", "lstm"), (1, 16)):
+        forward_backward(run_fastlm, make_recurrent(kind, 12, batch, 24, 256))
+
+
 def call_stream() -> None:
     fastlm.nn.Stream(fastlm.nn.LSTM(64, 512), 32).step(torch.randn(32, 64))
 
@@ -86,17 +92,20 @@ def call_product() -> None:
     gemm(torch.randn(256, 256), torch.randn(256, 256), False, False)
 
 
-@pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("call", [call_stream, call_attention, call_decode, call_output_layer, call_product])
-@pytest.mark.parametrize("flushed", [False, True])
-def test_threads_compute_as_they_did_before(call: Callable[[], None], flushed: bool) -> None:
-    """Of recurrent layers, test_threads.py has it."""
-    small = torch.full((1 << 20,), 1e-40)  # so many that all threads take part
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize(
+    "call", [call_recurrent, call_stream, call_attention, call_decode, call_output_layer, call_product]
+)
+def test_flush_to_zero_is_left_as_found(call: Callable[[], None], flush: bool, threads: int) -> None:
+    torch.set_num_threads(threads)
+    tiny = torch.full((100_000,), 1e-40)
     try:
-        torch.set_flush_denormal(flushed)
+        assert torch.set_flush_denormal(flush)
+        before = tiny * 0.5
         call()
-        halves = small * 0.5
+        after = tiny * 0.5
     finally:
         torch.set_flush_denormal(False)
-    # torch sets this thread alone.
-    assert (halves[:1000] == 0).all() if flushed else (halves != 0).all()
+    assert bool(before[0] == 0) == flush
+    assert torch.equal(before, after)

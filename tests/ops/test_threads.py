@@ -118,23 +118,6 @@ def test_other_python_threads_run_meanwhile() -> None:
     assert ticks >= 5
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("flush", [False, True])
-def test_flush_to_zero_is_left_as_found(flush: bool, threads: int) -> None:
-    torch.set_num_threads(threads)
-    tiny = torch.full((100_000,), 1e-40)
-    try:
-        assert torch.set_flush_denormal(flush)
-        before = tiny * 0.5
-        for kind, batch in product(KINDS, (1, 16)):
-            forward_backward(run_fastlm, make_recurrent(kind, 12, batch, 24, 256))
-        after = tiny * 0.5
-    finally:
-        torch.set_flush_denormal(False)
-    assert bool(before[0] == 0) == flush
-    assert torch.equal(before, after)
-
-
 @pytest.mark.parametrize("steps", [32768, 40000])
 def test_a_thread_without_items_in_a_long_sequence(steps: int) -> None:
     """One block of units for two threads, in more rounds than 15 bits count."""

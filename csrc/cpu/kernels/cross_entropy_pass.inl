@@ -79,7 +79,7 @@ class CrossEntropy {
 
   // Of all members, about the block of rows at hand.
   struct Shared {
-    E *hidden, *hidden_columns, *hidden_panels;  // rows; panels of rows as columns; panels of columns
+    E *hidden, *hidden_columns, *hidden_panels;  // rows, if copied; panels of rows as columns; panels of columns
     T *logits, *statistics, *target_logits;      // statistics: [part][greatest, sum, total][row]
     T* slabs;                                    // gradients of hidden, which meet in the tree
     SumTree* tree;                               // of more parts than one
@@ -379,6 +379,7 @@ class CrossEntropy {
       (V::load(to + i) + V::load(from + i)).store(to + i);
   }
 
+  // Gradients of logits, which may lie where these do.
   void differentiate(Words words, const T* logits, T* grads) const {
     const V log2e = V::broadcast(ExpConstants<T>::kLog2e), uniform = V::broadcast(p_.smoothing / p_.vocab);
     T* at = grads;
