@@ -1,10 +1,5 @@
 #include "cpu/workspace.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #else
@@ -16,6 +11,8 @@
 #include <mutex>
 #include <new>
 #include <utility>
+
+#include "cpu/pages.h"
 
 namespace fastlm::cpu {
 namespace {
@@ -35,14 +32,6 @@ Kept& kept() {
 }
 
 }  // namespace
-
-void ask_for_huge_pages([[maybe_unused]] void* begin, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__)
-  static const int64_t page = sysconf(_SC_PAGESIZE);
-  const auto first = reinterpret_cast<uintptr_t>(begin), aligned = first / page * page;
-  madvise(reinterpret_cast<void*>(aligned), bytes + (first - aligned), MADV_HUGEPAGE);
-#endif
-}
 
 void Workspace::allocate() {
   const int64_t needed = std::exchange(used_, 0);

@@ -6,11 +6,6 @@
 
 namespace fastlm::cpu {
 
-// From this many bytes on, memory is asked for in huge pages.
-constexpr int64_t kHugePage = 2 << 20;
-// A wish only, which not every system heeds.
-void ask_for_huge_pages(void* begin, int64_t bytes);
-
 class Workspace {
  public:
   Workspace() = default;
