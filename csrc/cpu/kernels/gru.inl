@@ -36,7 +36,7 @@ struct GruCell {
       T* slot = row.slots + gate * kCols<T> + u;
       const V value = sigmoid(V::load(slot));
       value.store(slot);
-      if (row.reserve) value.store_partial(row.reserve + gate * row.hidden + u, n);
+      if (row.reserve) put_as(value, row.reserve + gate * row.hidden + u, n, row.streams_reserve);
     }
   }
   template <class V, class S, class E, class T = Compute<S>>
@@ -46,10 +46,11 @@ struct GruCell {
     const V candidate = tanh(fma(slot(kSlotReset), state, slot(kSlotNewInput)));
     const V h_new = rounded_to<S>(fma(z, h - candidate, candidate));
     store_as(h_new, row.h_new + u, V::kLanes);
-    store_as(h_new, row.output + u, n);
+    put_as(h_new, row.output + u, n, row.streams_output);
     if (!row.reserve) return;
-    const auto keep = [&](int column, const V& value)
-                          FASTLM_LAMBDA_INLINE { value.store_partial(row.reserve + column * row.hidden + u, n); };
+    const auto keep = [&](int column, const V& value) FASTLM_LAMBDA_INLINE {
+      put_as(value, row.reserve + column * row.hidden + u, n, row.streams_reserve);
+    };
     keep(kKeptNew, candidate), keep(kKeptNewState, state), keep(kKeptGruHidden, h);
   }
 

@@ -32,7 +32,7 @@ struct LstmCell {
     const V i = sigmoid(slot(kInput)), f = sigmoid(slot(kForget)), g = tanh(slot(kCell)), o = sigmoid(slot(kOutput));
     const auto put = [&](int gate, const V& value) FASTLM_LAMBDA_INLINE {
       value.store(row.slots + gate * kCols<T> + u);
-      if (row.reserve) value.store_partial(row.reserve + gate * row.hidden + u, n);
+      if (row.reserve) put_as(value, row.reserve + gate * row.hidden + u, n, row.streams_reserve);
     };
     put(kInput, i), put(kForget, f), put(kCell, g), put(kOutput, o);
   }
@@ -43,11 +43,13 @@ struct LstmCell {
     const V h_new = rounded_to<S>(slot(kOutput) * tanh(c_new));
     c_new.store(row.c + u);
     store_as(h_new, row.h_new + u, V::kLanes);
-    store_as(h_new, row.output + u, n);
+    put_as(h_new, row.output + u, n, row.streams_output);
     if (row.cells) store_as(c_new, row.cells + u, n);
     if (!row.reserve) return;
-    c.store_partial(row.reserve + kKeptCell * row.hidden + u, n);
-    load_as<V>(row.h + u, V::kLanes).store_partial(row.reserve + kKeptLstmHidden * row.hidden + u, n);
+    const auto keep = [&](int column, const V& value) FASTLM_LAMBDA_INLINE {
+      put_as(value, row.reserve + column * row.hidden + u, n, row.streams_reserve);
+    };
+    keep(kKeptCell, c), keep(kKeptLstmHidden, load_as<V>(row.h + u, V::kLanes));
   }
 
   // row.dh, row.dc, in: gradients of the states after the step; out: dc of the state before.

@@ -104,7 +104,9 @@ class ForwardPass {
         spread_(plan.split_batch && team.size > 1),
         x_stride_(ForwardBuffers<S, P>::x_stride(p)),
         h_stride_(padded<E>(p.hidden)),
-        c_stride_(padded<T>(p.hidden)) {}
+        c_stride_(padded<T>(p.hidden)),
+        streams_output_(!kWidens<S> && streams(p.output, rows_.all(), p.hidden)),
+        streams_reserve_(streams(p.reserve, rows_.all() * Cell::kReserve, p.hidden)) {}
 
   void run() {
     if (!plan_.direct) pack_weights(p_.w_ih, p_.w_hh);
@@ -130,6 +132,7 @@ class ForwardPass {
                      : rows_.chunk_end(first, plan_.forward_rows);
       run_chunk({first, last, buffers_.gates[chunks % 2]});
     }
+    stream_fence();
   }
 
  private:
@@ -376,7 +379,9 @@ class ForwardPass {
               pass.p_.output + block * kCols<T>,
               pass.p_.cells ? pass.p_.cells + block * kCols<T> : nullptr,
               pass.p_.reserve ? pass.p_.reserve + first_ * Cell::kReserve * pass.p_.hidden + block * kCols<T> : nullptr,
-              pass.p_.hidden} {}
+              pass.p_.hidden,
+              pass.streams_output_,
+              pass.streams_reserve_} {}
 
     Row operator[](int64_t b) const {
       const int64_t place = (place_ ? place_[b] : first_ + b) * zero_.hidden;
@@ -387,7 +392,9 @@ class ForwardPass {
               zero_.output + place,
               zero_.cells ? zero_.cells + place : nullptr,
               zero_.reserve ? zero_.reserve + b * Cell::kReserve * zero_.hidden : nullptr,
-              zero_.hidden};
+              zero_.hidden,
+              zero_.streams_output,
+              zero_.streams_reserve};
     }
 
    private:
@@ -397,12 +404,13 @@ class ForwardPass {
     const Row zero_;  // of sequence 0, or the tensor's beginning
   };
 
-  // Calls for the lines that the activations write, none of them in any cache yet, while the products run.
+  // Calls for the lines that the activations write, none of them in any cache yet, while the products run; but for
+  // those that go past the caches.
   static void fetch_results(const StepView& rows, Team::Range range, int64_t units) {
     for (int64_t b = range.begin; b < range.end; ++b) {
       const Row row = rows[b];
-      fetch_units(row.output, units);
-      for (int column = 0; row.reserve && column < Cell::kReserve; ++column)
+      if (!row.streams_output) fetch_units(row.output, units);
+      for (int column = 0; row.reserve && !row.streams_reserve && column < Cell::kReserve; ++column)
         fetch_units(row.reserve + column * row.hidden, units);
     }
   }
@@ -429,6 +437,7 @@ class ForwardPass {
   const Team::Range own_;
   const bool spread_;
   const int64_t x_stride_, h_stride_, c_stride_;
+  const bool streams_output_, streams_reserve_;
 };
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

@@ -130,6 +130,7 @@ struct ForwardRow {
   S *output, *cells;  // cells: or null
   T* reserve;         // columns at hidden apart, or null
   int64_t hidden;
+  bool streams_output, streams_reserve;
 };
 
 template <class S>
@@ -141,6 +142,18 @@ struct BackwardRow {
   T* d_gates;  // [slot][H]
   int64_t hidden;
 };
+
+// From this many bytes on a result goes past the caches: every line of it would come from memory before it is written,
+// and push out what is wanted sooner. (Backward starts with what was written last; where nothing but the last level is
+// larger than this, it finds a part of it there.)
+constexpr int64_t kStreamedBytes = (FASTLM_VECTOR_BYTES == 64 ? 4 : 32) << 20;
+
+// Whether rows of `width` do, which must be whole cache lines.
+template <class T>
+bool streams(const T* result, int64_t rows, int64_t width) {
+  const auto bytes = width * static_cast<int64_t>(sizeof(T));
+  return result && rows * bytes >= kStreamedBytes && bytes % 64 == 0 && reinterpret_cast<uintptr_t>(result) % 64 == 0;
+}
 
 // Whether tensors hold something else than what the arithmetic is done in.
 template <class S>

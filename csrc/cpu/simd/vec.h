@@ -66,6 +66,18 @@ struct Vec {
   static FASTLM_INLINE Vec zero() { return {Raw{}}; }
   FASTLM_INLINE void store(T* p) const { *reinterpret_cast<RawUnaligned*>(p) = raw; }
 
+  // Past the caches, to a multiple of 64 bytes from which whole lines are written; stream_fence() before another thread
+  // reads them.
+  FASTLM_INLINE void stream(T* p) const {
+#if FASTLM_FMA_BYTES == 64
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)raw);
+#elif FASTLM_FMA_BYTES == 32 && FASTLM_VECTOR_BYTES == 32
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)raw);
+#else
+    store(p);
+#endif
+  }
+
   // The first n lanes (0 <= n <= kLanes); the rest is zero, and memory past n is not touched.
   static FASTLM_INLINE Vec load_partial(const T* p, int64_t n) {
     if (n >= kLanes) return load(p);
@@ -86,6 +98,12 @@ struct Vec {
   friend FASTLM_INLINE Vec operator/(Vec a, Vec b) { return {a.raw / b.raw}; }
   friend FASTLM_INLINE Vec operator-(Vec a) { return {-a.raw}; }
 };
+
+FASTLM_INLINE void stream_fence() {
+#if FASTLM_FMA_BYTES >= 32
+  _mm_sfence();
+#endif
+}
 
 // What a vector of float is stored as in bfloat16: rounded to nearest even, NaN quiet.
 using BFloat16Lanes __attribute__((vector_size(FASTLM_VECTOR_BYTES / 2))) = uint16_t;
@@ -157,6 +175,13 @@ FASTLM_INLINE void store_as(const V& x, S* p, int64_t n) {
     else
       memcpy(p, &lanes, n * sizeof(S));
   }
+}
+// A result, past the caches or as above.
+template <class V, class S>
+FASTLM_INLINE void put_as(const V& x, S* p, int64_t n, bool streams) {
+  if constexpr (std::is_same_v<S, typename V::Scalar>)
+    if (streams) return x.stream(p);
+  store_as(x, p, n);
 }
 // x as it comes back from a tensor of S.
 template <class S, class V>
@@ -251,6 +276,9 @@ struct Pack {
   }
   FASTLM_INLINE void store(T* p) const {
     unrolled<N>([&](int i) FASTLM_LAMBDA_INLINE { parts[i].store(p + i * V::kLanes); });
+  }
+  FASTLM_INLINE void stream(T* p) const {
+    unrolled<N>([&](int i) FASTLM_LAMBDA_INLINE { parts[i].stream(p + i * V::kLanes); });
   }
   // A pack is always whole: whoever has fewer than n = kLanes values takes vectors.
   static FASTLM_INLINE Pack load_partial(const T* p, int64_t) { return load(p); }
