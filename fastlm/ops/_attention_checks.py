@@ -72,8 +72,16 @@ def check_mask(
         raise ValueError(
             f"{name}: expected a shape that broadcasts to (B, Hq, Tq, Tk) = {tuple(full)}, got {tuple(mask.shape)}"
         )
-    mask = mask.reshape(sizes) if mask.dim() < 4 else mask
-    return (mask, None) if mask.dtype == torch.bool else (None, mask.to(q.dtype))
+    return as_keep_or_bias(mask if mask.dtype in (torch.bool, q.dtype) else mask.to(q.dtype))
+
+
+def as_keep_or_bias(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A mask of the right dtype as the op's keep (bool) or bias (floating), with 4 dimensions."""
+    if mask is None:
+        return None, None
+    if mask.dim() < 4:
+        mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+    return (mask, None) if mask.dtype == torch.bool else (None, mask)
 
 
 def check_slopes(slopes: Any, q: Tensor, batch: int, heads: int) -> Tensor | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops import _common, reference
-from fastlm.ops._attention_checks import NAMES, check_dense, check_dropout, check_mask
+from fastlm.ops._attention_checks import NAMES, as_keep_or_bias, check_dense, check_dropout, check_mask
 from fastlm.ops._attention_options import UNLIMITED, Options
 
 _forward = torch.ops.fastlm.attention_forward.default
@@ -31,9 +31,11 @@ class Route(NamedTuple):
         return cls(op, _common.unrecorded(op), _common.recorded(op, setup_context, backward), reference)
 
 
-def are_plain(q: Any, k: Any, v: Any) -> bool:
-    """True where nothing but the kernel can be meant, on tensors of 4 dimensions."""
-    if k is None or v is None or not _common.is_plain(q, k, v):
+def are_plain(q: Any, k: Any, v: Any, mask: Any = None) -> bool:
+    """True where nothing but the kernel can be meant, on tensors of 4 dimensions and a mask of a dtype that it reads."""
+    if k is None or v is None or not _common.is_plain(q, k, v, mask):
+        return False
+    if mask is not None and mask.dtype != torch.bool and mask.dtype != q.dtype:
         return False
     return q.dim() == 4 and k.dim() == 4 and v.dim() == 4
 
@@ -51,10 +53,13 @@ def run_module(
     dropout: float,
 ) -> tuple[Tensor, ...]:
     """`run` with options as a module has them."""
-    plain = are_plain(q, k, v)  # the op then checks these itself
+    plain = are_plain(q, k, v, mask)  # the op then checks these itself
     right = 0 if causal else UNLIMITED
-    if plain and mask is None and not dropout and not _common.requires_grad(q, k, v):
-        return route.unrecorded(q, k, v, *lead, scale, right)
+    if plain and not dropout and not _common.requires_grad(q, k, v, mask):
+        try:
+            return route.unrecorded(q, k, v, *lead, scale, right, *(() if mask is None else as_keep_or_bias(mask)))
+        except (RuntimeError, ValueError):
+            pass  # what follows says it by the argument's name
     if not plain:
         check_dense((q, k, v), NAMES)
     check_dropout("dropout", dropout)

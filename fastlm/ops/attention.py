@@ -10,6 +10,7 @@ from torch import Tensor
 from fastlm.ops import _common
 from fastlm.ops._attention_checks import (
     NAMES,
+    as_keep_or_bias,
     check_dense,
     check_heads_broadcast,
     check_mask,
@@ -66,10 +67,10 @@ def scaled_dot_product_attention(
         ValueError: shapes, dtypes or devices disagree, or a number is out of range.
         TypeError: an argument is no Tensor.
     """
-    plain = attn_mask is None and not dropout_p and are_plain(query, key, value)
+    plain = not dropout_p and are_plain(query, key, value, attn_mask)
     if plain and (enable_gqa or query.shape[1] == key.shape[1]) and _is_plain_scale(scale):
         try:
-            return _plain(query, key, value, is_causal, scale)
+            return _plain(query, key, value, attn_mask, is_causal, scale)
         except (RuntimeError, ValueError):
             pass  # what follows says it by the argument's name, or knows more shapes
     tensors = {"query": query, "key": key, "value": value}
@@ -90,13 +91,16 @@ def _is_plain_scale(scale: Any) -> bool:
     return scale is None or (type(scale) is float and abs(scale) < _LARGE)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None) -> Tensor:
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
     """The common case, with no checks but the op's: a call for a single token would feel them."""
     right = 0 if is_causal else UNLIMITED
     scale = default_scale(q) if scale is None else scale
-    if _common.requires_grad(q, k, v):
-        return ATTENTION.recorded(q, k, v, *Options(scale, right))[0]
-    return ATTENTION.unrecorded(q, k, v, scale, right)[0]
+    if mask is None and not _common.requires_grad(q, k, v):
+        return ATTENTION.unrecorded(q, k, v, scale, right)[0]
+    keep, bias = as_keep_or_bias(mask)
+    if _common.requires_grad(q, k, v, bias):
+        return ATTENTION.recorded(q, k, v, *Options(scale, right, keep, bias))[0]
+    return ATTENTION.unrecorded(q, k, v, scale, right, keep, bias)[0]
 
 
 def _four_dims(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Sequence[int]]:
@@ -210,12 +214,12 @@ def attention(
     as zero.
     Flash attention: Dao et al. 2022 (arXiv:2205.14135).
     """
-    nothing = mask is None and softcap is None and alibi_slopes is None and sinks is None and kv_lengths is None
-    if nothing and window is _ALL_KEYS and return_lse is False and are_plain(q, k, v):
+    nothing = softcap is None and alibi_slopes is None and sinks is None and kv_lengths is None
+    if nothing and window is _ALL_KEYS and return_lse is False and are_plain(q, k, v, mask):
         known = type(dropout_p) is float and dropout_p == 0
         if known and _is_plain_scale(scale) and (causal is None or (type(causal) is str and causal == "upper_left")):
             try:
-                return _plain(q, k, v, causal is not None, scale)
+                return _plain(q, k, v, mask, causal is not None, scale)
             except (RuntimeError, ValueError):
                 pass  # what follows says it by the argument's name
     return checked_attention(

@@ -53,6 +53,12 @@ def test_shapes(kind: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     check_recurrent(make_recurrent(kind, seq_len, batch, *sizes, dtype=dtype, **options))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_written_past_the_caches(kind: str) -> None:
+    """More than 32 MB, of rows of whole cache lines; the last units are not a whole panel."""
+    check_recurrent(make_recurrent(kind, 260, 32, 8, 208, reverse=kind == "gru"))
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("hidden_size", SIZES)

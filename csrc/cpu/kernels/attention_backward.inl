@@ -208,6 +208,7 @@ class AttentionBackward {
     pack_keys(k, p_.k.time, 0, last - first, p_.dim, buffers_.key_panels);
     pack_keys(p_.v.row(b_, kv_head_, sequence_.k_begin + first), p_.v.time, 0, last - first, p_.v_dim,
               buffers_.value_panels);
+    panel_width_ = panel_width<T>(last - first);
     pack_panel(k, p_.k.time, last - first, p_.dim, buffers_.key_rows, q_stride_);
   }
 
@@ -232,12 +233,12 @@ class AttentionBackward {
       const int64_t q_depth = panel_depth<E>(p_.dim), v_depth = panel_depth<E>(p_.v_dim);
       multiply<false>(end - begin, p_.dim, to - panel,
                       PanelProduct<E>{buffers_.queries + begin * q_rows_stride_, q_rows_stride_,
-                                      buffers_.key_panels + panel * q_depth, kPairing<E> * kCols<T>, kCols<T> * q_depth,
-                                      weights + panel, s_stride_},
+                                      buffers_.key_panels + panel * q_depth, kPairing<E> * panel_width_,
+                                      kCols<T> * q_depth, weights + panel, s_stride_},
                       false);
       multiply<false>(end - begin, p_.v_dim, to - panel,
                       PanelProduct<E>{buffers_.grads + begin * v_rows_stride_, v_rows_stride_,
-                                      buffers_.value_panels + panel * v_depth, kPairing<E> * kCols<T>,
+                                      buffers_.value_panels + panel * v_depth, kPairing<E> * panel_width_,
                                       kCols<T> * v_depth, grads + panel, s_stride_},
                       false);
       for (int64_t r = 0; r < end - begin; ++r) {
@@ -356,7 +357,7 @@ class AttentionBackward {
   const Dropout dropout_;
   const int64_t q_stride_, v_stride_, s_stride_ = row_stride<T>(kBlockKeys);
   const int64_t q_rows_stride_, v_rows_stride_;  // of the operands' rows
-  int64_t b_ = 0, kv_head_ = 0, head_ = 0, part_ = 0, begin_ = 0, end_ = 0;
+  int64_t b_ = 0, kv_head_ = 0, head_ = 0, part_ = 0, begin_ = 0, end_ = 0, panel_width_ = 0;
   AttentionSequence sequence_{};
 };
 

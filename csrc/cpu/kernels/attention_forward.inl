@@ -124,6 +124,7 @@ class AttentionForward {
   void pack(int64_t first, Keys keys) {
     const int64_t begin = lanes_down<T>(keys.begin), row = sequence_.k_begin + first;
     pack_keys(p_.k.row(item_.b, item_.kv_head, row), p_.k.time, keys.begin, keys.end, p_.dim, buffers_.key_panels);
+    panel_width_ = panel_width<T>(keys.end);
     pack_panel(p_.v.row(item_.b, item_.kv_head, row + begin), p_.v.time, keys.end - begin, p_.v_dim,
                buffers_.values + begin * v_stride_, v_stride_);
   }
@@ -139,7 +140,7 @@ class AttentionForward {
     multiply<false>(
         rows, p_.dim, end - panel,
         PanelProduct<E>{buffers_.queries + place * q_stride_, q_stride_, buffers_.key_panels + panel * depth,
-                        kPairing<E> * kCols<T>, kCols<T> * depth, s + panel, s_stride_},
+                        kPairing<E> * panel_width_, kCols<T> * depth, s + panel, s_stride_},
         false);
     const E* weights = weigh(rule, g, tile, first, seen);
     multiply<false>(
@@ -258,7 +259,7 @@ class AttentionForward {
   const int64_t keys_, s_stride_, w_stride_;  // of a chunk
   AttentionItem item_{};
   AttentionSequence sequence_{};
-  int64_t queries_ = 0, tiles_ = 0;
+  int64_t queries_ = 0, tiles_ = 0, panel_width_ = 0;
 };
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

@@ -33,67 +33,52 @@ void pack_rows(const S* b, int64_t stride, int64_t depth, int64_t cols, T* panel
   }
 }
 
-#if FASTLM_FMA_BYTES >= 32
-// to[k][n] = from[n][k] for up to 8 rows of 8 values, zeros for the rest of 8 rows.
-template <class S>
-FASTLM_INLINE void transpose_rows(const S* from, int64_t from_stride, int64_t rows, float* to, int64_t to_stride) {
-  if (rows == 8) return transpose_8x8(from, from_stride, to, to_stride);
-  S some[8 * 8] = {};
-  for (int64_t r = 0; r < rows; ++r) memcpy(some + 8 * r, from + r * from_stride, 8 * sizeof(S));
-  transpose_8x8(some, 8, to, to_stride);
-}
-#endif
-
-// The same panel of B as stored (N, K): transposed.
+// The same panel of B as stored (N, K), transposed; of `width` columns, whole vectors, where there are no more in all.
 template <class S, class T>
-void pack_transposed(const S* b, int64_t stride, int64_t depth, int64_t cols, T* panel) {
+void pack_transposed(const S* b, int64_t stride, int64_t depth, int64_t cols, T* panel, int64_t width = kCols<T>) {
   int64_t n = 0;
 #if FASTLM_FMA_BYTES >= 32
   if constexpr (sizeof(T) == 4)
-    for (; n < cols; n += 8) {
-      const int64_t rows = std::min<int64_t>(8, cols - n);
+    for (; n < width; n += 8) {
+      const int64_t rows = std::clamp<int64_t>(cols - n, 0, 8);
       int64_t k = 0;
-      for (; k + 8 <= depth; k += 8)
-        transpose_rows(b + n * stride + k, stride, rows, panel + k * kCols<T> + n, kCols<T>);
+      for (; k + 8 <= depth; k += 8) transpose_8x8(b + n * stride + k, stride, panel + k * width + n, width, rows);
       for (; k < depth; ++k)
-        for (int i = 0; i < 8; ++i) panel[k * kCols<T> + n + i] = i < rows ? widen(b[(n + i) * stride + k]) : T(0);
+        for (int i = 0; i < 8; ++i) panel[k * width + n + i] = i < rows ? widen(b[(n + i) * stride + k]) : T(0);
     }
 #endif
   for (; n < cols; ++n)
-    for (int64_t k = 0; k < depth; ++k) panel[k * kCols<T> + n] = widen(b[n * stride + k]);
-  for (int64_t k = 0; n < kCols<T> && k < depth; ++k) std::fill_n(panel + k * kCols<T> + n, kCols<T> - n, T(0));
+    for (int64_t k = 0; k < depth; ++k) panel[k * width + n] = widen(b[n * stride + k]);
+  for (int64_t k = 0; n < width && k < depth; ++k) std::fill_n(panel + k * width + n, width - n, T(0));
 }
 
-#define FASTLM_SHARED_PACKING(keyword)                                                      \
-  keyword template void pack_transposed(const float*, int64_t, int64_t, int64_t, float*);   \
-  keyword template void pack_transposed(const double*, int64_t, int64_t, int64_t, double*); \
-  keyword template void pack_transposed(const BFloat16*, int64_t, int64_t, int64_t, float*)
+#define FASTLM_SHARED_PACKING(keyword)                                                               \
+  keyword template void pack_transposed(const float*, int64_t, int64_t, int64_t, float*, int64_t);   \
+  keyword template void pack_transposed(const double*, int64_t, int64_t, int64_t, double*, int64_t); \
+  keyword template void pack_transposed(const BFloat16*, int64_t, int64_t, int64_t, float*, int64_t)
 #ifndef FASTLM_BFLOAT16_ONLY
 FASTLM_SHARED_PACKING(extern);
 #endif
 
-// As a panel of pairs along k, [depth / 2][kCols][2]: pairs are words of four bytes.
-inline void pack_transposed(const BFloat16* b, int64_t stride, int64_t depth, int64_t cols, BFloat16* panel) {
-  constexpr int64_t kWords = kCols<float>;
-  int64_t n = 0;
-  for (; n < cols; n += 8) {
-    const int64_t rows = std::min<int64_t>(8, cols - n);
+// As a panel of pairs along k, [depth / 2][width][2]: pairs are words of four bytes.
+inline void pack_transposed(const BFloat16* b, int64_t stride, int64_t depth, int64_t cols, BFloat16* panel,
+                            int64_t width = kCols<float>) {
+  for (int64_t n = 0; n < width; n += 8) {
+    const int64_t rows = std::clamp<int64_t>(cols - n, 0, 8);
     int64_t k = 0;
 #if FASTLM_FMA_BYTES >= 32
     if (stride % 2 == 0)
       for (; k + 16 <= depth; k += 16)
-        transpose_rows(reinterpret_cast<const float*>(b + n * stride + k), stride / 2, rows,
-                       reinterpret_cast<float*>(panel + k * kWords + 2 * n), kWords);
+        transpose_8x8(reinterpret_cast<const float*>(b + n * stride + k), stride / 2,
+                      reinterpret_cast<float*>(panel + k * width + 2 * n), width, rows);
 #endif
     for (; k < depth; k += 2)
       for (int64_t i = 0; i < 8; ++i) {
         BFloat16 pair[2] = {};
         if (i < rows) std::copy_n(b + (n + i) * stride + k, std::min<int64_t>(2, depth - k), pair);
-        std::copy_n(pair, 2, panel + k * kWords + 2 * (n + i));
+        std::copy_n(pair, 2, panel + k * width + 2 * (n + i));
       }
   }
-  for (int64_t k = 0; n < kWords && k < depth; k += 2)
-    std::fill_n(panel + k * kWords + 2 * n, 2 * (kWords - n), BFloat16{});
 }
 
 // Rows [begin, end) of A as stored (K, M), packed [tile][depth][kTileRows]. Some tiles at once, since rows of A lie

@@ -100,12 +100,20 @@ void pack_panel(const S* from, int64_t from_stride, int64_t rows, int64_t width,
   }
 }
 
-// All panels [dim][kCols] (of pairs along dim) that hold some of the keys, which count from the first panel's first.
+// The columns of panels of so many keys: fewer than kCols where one panel holds them all.
+template <class T>
+int64_t panel_width(int64_t keys) {
+  return std::min(kCols<T>, lanes_up<T>(keys));
+}
+
+// All panels [dim][panel_width(end)] (of pairs along dim) that hold some of the keys, which count from the first
+// panel's first.
 template <class S, class E>
 void pack_keys(const S* first, int64_t stride, int64_t begin, int64_t end, int64_t dim, E* panels) {
   constexpr int64_t cols = kCols<Compute<E>>;
   for (int64_t n = begin / cols * cols; n < end; n += cols)
-    pack_transposed(first + n * stride, stride, dim, std::min(cols, end - n), panels + n * panel_depth<E>(dim));
+    pack_transposed(first + n * stride, stride, dim, std::min(cols, end - n), panels + n * panel_depth<E>(dim),
+                    panel_width<Compute<E>>(end));
 }
 
 // C (rows <= kOperandRows, columns rounded up to vectors) = [C +] A B, where panel i of B begins at b + i * panel_step.

@@ -51,6 +51,25 @@ struct IntOf<double> {
   using type = int64_t;
 };
 
+// Parts of vectors are loaded and stored by masks where there are instructions for it. AddressSanitizer does not look
+// at these.
+#if (FASTLM_FMA_BYTES == 64 || (FASTLM_FMA_BYTES == 32 && FASTLM_VECTOR_BYTES == 32)) && !defined(__SANITIZE_ADDRESS__)
+#define FASTLM_MASKS 1
+#else
+#define FASTLM_MASKS 0
+#endif
+#if FASTLM_MASKS && FASTLM_FMA_BYTES == 64
+FASTLM_INLINE __mmask16 lane_bits(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+#elif FASTLM_MASKS
+template <class T>
+FASTLM_INLINE __m256i lane_mask(int64_t n) {
+  if constexpr (sizeof(T) == 4)
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  else
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+#endif
+
 template <class T>
 struct Vec {
   static constexpr int kParts = 1, kLanes = FASTLM_VECTOR_BYTES / sizeof(T);
@@ -81,15 +100,39 @@ struct Vec {
   // The first n lanes (0 <= n <= kLanes); the rest is zero, and memory past n is not touched.
   static FASTLM_INLINE Vec load_partial(const T* p, int64_t n) {
     if (n >= kLanes) return load(p);
+#if FASTLM_MASKS && FASTLM_FMA_BYTES == 64
+    if constexpr (sizeof(T) == 4)
+      return {_mm512_maskz_loadu_ps(lane_bits(n), p)};
+    else
+      return {_mm512_maskz_loadu_pd(lane_bits(n), p)};
+#elif FASTLM_MASKS
+    if constexpr (sizeof(T) == 4)
+      return {_mm256_maskload_ps(p, lane_mask<T>(n))};
+    else
+      return {_mm256_maskload_pd(p, lane_mask<T>(n))};
+#else
     T lanes[kLanes] = {};
     for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
     return load(lanes);
+#endif
   }
   FASTLM_INLINE void store_partial(T* p, int64_t n) const {
     if (n >= kLanes) return store(p);
+#if FASTLM_MASKS && FASTLM_FMA_BYTES == 64
+    if constexpr (sizeof(T) == 4)
+      return _mm512_mask_storeu_ps(p, lane_bits(n), raw);
+    else
+      return _mm512_mask_storeu_pd(p, lane_bits(n), raw);
+#elif FASTLM_MASKS
+    if constexpr (sizeof(T) == 4)
+      return _mm256_maskstore_ps(p, lane_mask<T>(n), raw);
+    else
+      return _mm256_maskstore_pd(p, lane_mask<T>(n), raw);
+#else
     T lanes[kLanes];
     store(lanes);
     for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+#endif
   }
 
   friend FASTLM_INLINE Vec operator+(Vec a, Vec b) { return {a.raw + b.raw}; }
@@ -157,9 +200,14 @@ FASTLM_INLINE V load_as(const S* p, int64_t n) {
                        FASTLM_LAMBDA_INLINE { return load_as<typename V::V>(p + i * V::V::kLanes, V::V::kLanes); });
   } else {
     if (n >= V::kLanes) return widen_lanes(p);
+#if FASTLM_MASKS && FASTLM_FMA_BYTES == 64
+    const auto bits = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_maskz_loadu_epi16(lane_bits(n), p));
+    return {(Vec<float>::Raw)((FloatBits)bits << 16)};
+#else
     BFloat16 lanes[V::kLanes] = {};
     memcpy(lanes, p, n * sizeof(S));
     return widen_lanes(lanes);
+#endif
   }
 }
 template <class V, class S>
@@ -173,7 +221,11 @@ FASTLM_INLINE void store_as(const V& x, S* p, int64_t n) {
     if (n >= V::kLanes)
       memcpy(p, &lanes, sizeof(lanes));  // one instruction
     else
+#if FASTLM_MASKS && FASTLM_FMA_BYTES == 64
+      _mm256_mask_storeu_epi16(p, lane_bits(n), (__m256i)lanes);
+#else
       memcpy(p, &lanes, n * sizeof(S));
+#endif
   }
 }
 // A result, past the caches or as above.
@@ -406,11 +458,11 @@ FASTLM_INLINE __m256 load_8(const BFloat16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 
-// to[k][n] = from[n][k] for 8 x 8 values.
+// to[k][n] = from[n][k] for 8 x 8 values, of which `rows` rows are there, zeros for the rest.
 template <class S>
-FASTLM_INLINE void transpose_8x8(const S* from, int64_t from_stride, float* to, int64_t to_stride) {
+FASTLM_INLINE void transpose_8x8(const S* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows = 8) {
   __m256 a[8], b[8];
-  for (int i = 0; i < 8; ++i) a[i] = load_8(from + i * from_stride);
+  for (int i = 0; i < 8; ++i) a[i] = i < rows ? load_8(from + i * from_stride) : _mm256_setzero_ps();
   for (int i = 0; i < 8; i += 2) {
     b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
     b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
