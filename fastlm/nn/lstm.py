@@ -4,14 +4,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
-from fastlm import ops
+from fastlm import _backend, ops
 from fastlm.nn._cell import CELL_WEIGHTS, check_cell_sizes
 from fastlm.nn._rnn import Recurrent, Run, States
 from fastlm.nn._twin import TorchTwin, read_weights
 from fastlm.ops import _common
+from fastlm.ops.lstm import NO_PROJECTION, projected_layer
 from fastlm.ops.lstm import layer as lstm_layer
-from fastlm.ops.lstm import projected_layer
 
 Pair = tuple[Tensor, Tensor]
 
@@ -19,7 +20,7 @@ Pair = tuple[Tensor, Tensor]
 class LSTM(Recurrent):
     """Drop-in for torch.nn.LSTM (same arguments, parameters, results and errors) on the fused kernels.
 
-    With proj_size it runs the plain reference.
+    With proj_size it runs as torch.nn.LSTM does, and what that lacks by the plain reference.
 
     Beyond torch.nn: `forward` takes lengths, reset_mask and return_all_states, and training can drop recurrent weights
     (`weight_dropout`: probability of DropConnect on every weight_hh, one mask a call; Wan et al. 2013, Merity et al.
@@ -94,10 +95,21 @@ class LSTM(Recurrent):
             RuntimeError, ValueError: as torch.nn.LSTM, and for impossible lengths or reset_mask.
         """
         states = None if hx is None else (hx[0], hx[1])
+        nothing = lengths is None and reset_mask is None and not return_all_states
+        if self.proj_size and nothing and self._as_in_torch(input, states):
+            _backend.fall_back(NO_PROJECTION)
+            return torch.nn.LSTM.forward(self, input, states)  # type: ignore[call-overload]
         output, finals, histories = self._run(input, states, lengths, reset_mask, return_all_states)
         if histories is None:
             return output, tuple(finals)
         return output, tuple(finals), tuple(histories)
+
+    def _as_in_torch(self, input: Any, states: Any) -> bool:
+        """Whether torch's own loop, faster than the reference, is all that a call with a projection needs."""
+        if self.training and (self.weight_dropout > 0 or (self.locked_dropout and self.dropout > 0)):
+            return False
+        x = input.data if isinstance(input, PackedSequence) else input
+        return _common.is_plain(x, *(states or ()), *self._flat_weights)
 
     def _layer(
         self,

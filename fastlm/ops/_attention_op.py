@@ -32,7 +32,7 @@ class Route(NamedTuple):
 
 
 def are_plain(q: Any, k: Any, v: Any, mask: Any = None) -> bool:
-    """True where nothing but the kernel can be meant, on tensors of 4 dimensions and a mask of a dtype that it reads."""
+    """True where nothing but the kernel can be meant, on tensors of 4 dimensions and a mask that it can read."""
     if k is None or v is None or not _common.is_plain(q, k, v, mask):
         return False
     if mask is not None and mask.dtype != torch.bool and mask.dtype != q.dtype:

@@ -14,6 +14,8 @@ _unrecorded = _common.unrecorded(_forward)
 
 State = tuple[Tensor | None, Tensor | None] | None
 
+NO_PROJECTION = "lstm has no kernel for a projection (w_hr, proj_size)"
+
 
 def lstm(
     x: Tensor,
@@ -162,9 +164,7 @@ def projected_layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`layer` with a projection, by the reference; cells are always there."""
     _check(x, h0, c0, w_ih, w_hh, b_ih, b_hh, sequences, w_hr)
-    tensors, _ = _common.plan(
-        "lstm", (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr), "lstm has no kernel for a projection (w_hr, proj_size)"
-    )
+    tensors, _ = _common.plan("lstm", (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr), NO_PROJECTION)
     return _reference(tensors, sequences, reverse)
 
 

@@ -89,6 +89,23 @@ def test_projection(bias: bool, form: str) -> None:
     check_twins(ours, theirs, input, states("LSTM", (4, 4, 3), (4, 4, 7)))
 
 
+@pytest.mark.filterwarnings("ignore::fastlm.FastlmFallbackWarning")
+def test_projection_by_torch_and_by_the_reference() -> None:
+    """Alone it takes torch's own loop, bit for bit; with what torch lacks, the reference, to the same results."""
+    ours, theirs = make("LSTM", 5, 7, num_layers=2, proj_size=3)
+    x = torch.randn(6, 4, 5)
+    for module in (ours, theirs):
+        module.train()
+    got, wanted = outputs_of(ours(x)), outputs_of(theirs(x))
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    expected = theirs(x)[0]
+    torch.testing.assert_close(ours(x, lengths=[6] * 4)[0], expected)
+    with fastlm.backend("reference"):
+        torch.testing.assert_close(ours(x)[0], expected)
+    ours.weight_dropout = 0.5
+    assert not torch.allclose(ours(x)[0], expected)
+
+
 @layer
 def test_empty_batch(name: str) -> None:
     ours, theirs = make(name, 5, 7, num_layers=2, bidirectional=True)
