@@ -10,15 +10,25 @@ namespace fastlm::cpu {
 namespace {
 
 constexpr int64_t kWordsAtLeast = 32;  // of a part
-// Of so few words, rows are shared. Every item has a gradient of weight of its own.
-constexpr int64_t kFewWords = 512, kItemsAtMost = 16, kRowsAtLeast = 128;
+// Of so few words, rows are shared. Every item has a gradient of weight of its own, which costs as much as many rows.
+constexpr int64_t kFewWords = 512, kItemsAtMost = 16, kItemsOfFewRows = 4;
+constexpr int64_t kRowsWanted = 512, kRowsAtLeast = 64;
+
+// A power of two, which numbers of threads mostly divide.
+int64_t items_of(int64_t rows) {
+  const int64_t most =
+      std::max(std::min(rows / kRowsWanted, kItemsAtMost), std::min(rows / kRowsAtLeast, kItemsOfFewRows));
+  int64_t items = 1;
+  while (2 * items <= most) items *= 2;
+  return items;
+}
 
 }  // namespace
 
 template <class S>
 void cross_entropy(const CrossEntropyParams<S>& p, int max_threads, ParallelFor parallel_for) {
   CrossEntropyPlan plan{};
-  plan.items = p.vocab <= kFewWords ? std::clamp<int64_t>(p.live_rows / kRowsAtLeast, 1, kItemsAtMost) : 1;
+  plan.items = p.vocab <= kFewWords ? items_of(p.live_rows) : 1;
   plan.parts = plan.items > 1 ? 1 : std::clamp<int64_t>(p.vocab / kWordsAtLeast, 1, SumTree::kPartsAtMost);
   const double products = 1. + (p.grad_hidden != nullptr) + (p.grad_weight != nullptr);
   plan.work_ns = static_cast<int64_t>(products * 2. * p.live_rows * p.vocab * (p.dim + 8.) / kFlopsPerNs);
