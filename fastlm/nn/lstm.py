@@ -20,7 +20,7 @@ Pair = tuple[Tensor, Tensor]
 class LSTM(Recurrent):
     """Drop-in for torch.nn.LSTM (same arguments, parameters, results and errors) on the fused kernels.
 
-    With proj_size it runs as torch.nn.LSTM does, and what that lacks by the plain reference.
+    With proj_size it runs as torch.nn.LSTM does; what that lacks, and bfloat16, by the plain reference.
 
     Beyond torch.nn: `forward` takes lengths, reset_mask and return_all_states, and training can drop recurrent weights
     (`weight_dropout`: probability of DropConnect on every weight_hh, one mask a call; Wan et al. 2013, Merity et al.
@@ -105,11 +105,14 @@ class LSTM(Recurrent):
         return output, tuple(finals), tuple(histories)
 
     def _as_in_torch(self, input: Any, states: Any) -> bool:
-        """Whether torch's own loop, faster than the reference, is all that a call with a projection needs."""
+        """Whether torch's own loop, faster than the reference, is all that a call with a projection needs.
+
+        Not in bfloat16, whose sums torch rounds there at every step.
+        """
         if self.training and (self.weight_dropout > 0 or (self.locked_dropout and self.dropout > 0)):
             return False
         x = input.data if isinstance(input, PackedSequence) else input
-        return _common.is_plain(x, *(states or ()), *self._flat_weights)
+        return _common.is_plain(x, *(states or ()), *self._flat_weights) and x.dtype != torch.bfloat16
 
     def _layer(
         self,

@@ -104,6 +104,10 @@ def test_projection_by_torch_and_by_the_reference() -> None:
         torch.testing.assert_close(ours(x)[0], expected)
     ours.weight_dropout = 0.5
     assert not torch.allclose(ours(x)[0], expected)
+    ours.weight_dropout = 0.0
+    rounded = ours.bfloat16()(x.bfloat16())[0]
+    with fastlm.backend("reference"):
+        assert torch.equal(rounded, ours(x.bfloat16())[0])  # torch rounds sums to bfloat16 at every step
 
 
 @layer

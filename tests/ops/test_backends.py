@@ -125,7 +125,8 @@ def test_a_module_tells_its_fallback_where_it_was_called() -> None:
     module = fastlm.nn.LSTM(4, 6, proj_size=2)
     with pytest.warns(fastlm.FastlmFallbackWarning, match="projection") as caught:
         module(torch.randn(3, 2, 4))
-    assert [warning.filename for warning in caught] == [__file__]
+    told = [warning.filename for warning in caught if warning.category is fastlm.FastlmFallbackWarning]
+    assert told == [__file__]  # torch may tell of its own choice, once
 
 
 @pytest.mark.parametrize("kind", KINDS)
