@@ -47,9 +47,10 @@ inline Tensor empty_from_torch(const Layout& layout) {
   return Tensor(handle);
 }
 
-// From the blocks kept for large results.
-inline Tensor empty_from_pages(const Layout& layout) {
+// From the blocks kept for large results, if there is so much memory.
+inline OptionalTensor empty_from_pages(const Layout& layout) {
   const cpu::Pages pages = cpu::take_pages(layout.bytes());
+  if (!pages.base) return std::nullopt;
   const auto give = [](void* base, void* bytes) {
     cpu::give_pages({static_cast<char*>(base), static_cast<int64_t>(reinterpret_cast<intptr_t>(bytes))});
   };
@@ -72,7 +73,9 @@ inline Tensor empty_strided(const Tensor& like, int64_t dims, const int64_t* siz
   const Layout layout{dims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                       device_type};
   const int64_t bytes = layout.bytes();
-  if (bytes > kLargeResult) return empty_from_pages(layout);
+  if (bytes > kLargeResult)
+    if (const OptionalTensor tensor = empty_from_pages(layout)) return *tensor;
+  // Where there was no memory, torch says how much it was.
   Tensor tensor = empty_from_torch(layout);
   if (bytes >= kHugeTensor) cpu::ask_for_huge_pages(tensor.mutable_data_ptr(), bytes);
   return tensor;

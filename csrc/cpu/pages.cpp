@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <mutex>
-#include <new>
 #include <vector>
 
 namespace fastlm::cpu {
@@ -78,8 +77,10 @@ Pages take_pages(int64_t bytes) {
     release_idle(idle(), needed);  // blocks that nothing fits any more make room for one that does
   }
   char* base = static_cast<char*>(std::aligned_alloc(kHugePage, needed));
-  if (!base) throw std::bad_alloc();
-  ask_for_huge_pages(base, needed);
+  if (base)
+    ask_for_huge_pages(base, needed);
+  else if (std::unique_lock lock(idle().mutex, std::try_to_lock); lock)
+    release_idle(idle(), idle().bytes);
   return {base, needed};
 }
 

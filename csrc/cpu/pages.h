@@ -15,7 +15,7 @@ struct Pages {
   char* base;
   int64_t bytes;
 };
-// At least so many bytes, contents void. Throws std::bad_alloc.
+// At least so many bytes, contents void; at null where there is not so much memory, the idle blocks then given back.
 Pages take_pages(int64_t bytes);
 // While they wait for their next use, the system may take them for whoever needs memory (MADV_FREE).
 void give_pages(const Pages& pages);

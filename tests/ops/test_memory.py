@@ -98,6 +98,13 @@ def test_large_results_are_tensors_like_others() -> None:
     assert result.grad.eq(2).all()
 
 
+def test_a_result_larger_than_memory() -> None:
+    """Torch's error, which tells the size; nobody has 576 TB of addresses."""
+    column = torch.ones(12_000_000, 1)
+    with pytest.raises(RuntimeError, match="allocate memory.* 576000000000000 bytes"):
+        gemm(column, column, False, True)
+
+
 @kept
 def test_large_results_of_many_threads() -> None:
     wrong: list[float] = []
