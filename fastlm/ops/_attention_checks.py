@@ -67,6 +67,8 @@ def check_mask(
         raise ValueError(f"{name}: expected dtype {allowed}, got {mask.dtype}")
     if mask.device != q.device:
         raise ValueError(f"{name}: expected device {q.device} (that of {of}), got {mask.device}")
+    if mask.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor (torch.strided), got {mask.layout}")
     sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     if mask.dim() > 4 or any(size not in (1, whole) for size, whole in zip(sizes, full, strict=False)):
         raise ValueError(

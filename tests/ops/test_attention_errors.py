@@ -101,6 +101,7 @@ DENSE: list[Wrong] = [
     ({"mask": F(3, 5).double()}, ValueError, "mask"),
     ({"mask": F(3, 5).half()}, ValueError, "mask"),
     ({"mask": [[True]]}, TypeError, "mask"),
+    ({"mask": F(3, 5).to_sparse()}, ValueError, "mask"),
     ({"mask": F(3, 5, device="meta")}, ValueError, "mask"),
     ({"kv_lengths": [5, 6]}, ValueError, "kv_lengths"),
     ({"kv_lengths": [-1, 5]}, ValueError, "kv_lengths"),

@@ -101,7 +101,7 @@ def test_large_results_are_tensors_like_others() -> None:
 def test_a_result_larger_than_memory() -> None:
     """Torch's error, which tells the size; nobody has 576 TB of addresses."""
     column = torch.ones(12_000_000, 1)
-    with pytest.raises(RuntimeError, match="allocate memory.* 576000000000000 bytes"):
+    with pytest.raises(RuntimeError, match=r"allocate memory.* 576000000000000 bytes"):
         gemm(column, column, False, True)
 
 
