@@ -332,10 +332,11 @@ def check_case(
     wanted: Iterable[str] | None = None,
     arriving: Iterable[str] | Callable[[Outputs], Outputs] = incoming,
     scale: float = 0.0,
+    split: bool = False,
 ) -> None:
     """Checks one runner on every ISA, forward and gradients, against another in the same dtype and in float64.
 
-    A case has `tensors`, `map` and `to` as Recurrent has.
+    A case has `tensors`, `map` and `to` as Recurrent has. split: it is large enough for float32 to be split.
     """
 
     def results(run: Runner, dtype: torch.dtype) -> Outputs:
@@ -347,26 +348,29 @@ def check_case(
         same = scaled_to_float64(results(theirs, torch.float32), truth)
     else:
         same = results(theirs, dtype)
-    for isa in each_isa(dtype):
+    for isa in each_isa(dtype, split):
         try:
             check_all(results(ours, dtype), same, truth, scale)
         except AssertionError as error:
             raise AssertionError(f"{isa}: {error}") from error
 
 
-def differs(isa: str, dtype: torch.dtype) -> bool:
-    """Whether an instruction set has kernels of its own for a dtype: some have them for bfloat16 alone."""
-    return dtype == torch.bfloat16 or not isa.endswith(("_bf16", "_amx"))
+def differs(isa: str, dtype: torch.dtype, split: bool = False) -> bool:
+    """Whether an instruction set has kernels of its own for a dtype: some have them for bfloat16 alone, or for large
+    enough inputs of float32 too, which are split there."""
+    if dtype == torch.bfloat16 or (split and dtype == torch.float32 and isa.endswith("_amx")):
+        return True
+    return not isa.endswith(("_bf16", "_amx"))
 
 
-def each_isa(dtype: torch.dtype) -> Iterator[str]:
+def each_isa(dtype: torch.dtype, split: bool = False) -> Iterator[str]:
     """The instruction sets usable here that differ, each in use while given out ("pure" without the extension)."""
     if _native.module is None:
         yield "pure"
         return
     previous = _native.module.cpu_isa()
     try:
-        for isa in filter(lambda name: differs(name, dtype), _native.module.cpu_isas()):
+        for isa in filter(lambda name: differs(name, dtype, split), _native.module.cpu_isas()):
             _native.module.set_cpu_isa(isa)
             yield isa
     finally:

@@ -52,16 +52,28 @@ namespace fastlm::cpu {
   constexpr Kernels<BFloat16> kBFloat16{&kGruBFloat16,          &kLstmBFloat16,       &kAttentionBFloat16,      \
                                         &kCrossEntropyBFloat16, &rest::kGeluBFloat16, &rest::kDropoutBFloat16}; \
   }
+// The same with products of floats of its own.
+#define FASTLM_DECLARE_SPLIT_ISA(isa, rest)                                                      \
+  FASTLM_DECLARE_BFLOAT16_ISA(isa, rest)                                                         \
+  namespace isa {                                                                                \
+  extern const GemmKernels<float> kGemmFloat;                                                    \
+  extern const RecurrentKernels<float> kGruFloat, kLstmFloat;                                    \
+  extern const AttentionKernels<float> kAttentionFloat;                                          \
+  extern const CrossEntropyKernels<float> kCrossEntropyFloat;                                    \
+  constexpr Kernels<float> kFloat{&kGemmFloat,          &kGruFloat,          &kLstmFloat,        \
+                                  &kAttentionFloat,     &kCrossEntropyFloat, &rest::kGeluFloat,  \
+                                  &rest::kDropoutFloat, &rest::kArgmaxFloat, &rest::kMathFloat}; \
+  }
 FASTLM_DECLARE_ISA(scalar)
 #if defined(__x86_64__)
 FASTLM_DECLARE_ISA(avx2)
 FASTLM_DECLARE_ISA(avx512)
 FASTLM_DECLARE_BFLOAT16_ISA(avx512_bf16, avx512)
-FASTLM_DECLARE_BFLOAT16_ISA(avx512_amx, avx512)
+FASTLM_DECLARE_SPLIT_ISA(avx512_amx, avx512)
 #endif
 #ifdef FASTLM_WIDE_ISA
 FASTLM_DECLARE_ISA(wide)
-FASTLM_DECLARE_BFLOAT16_ISA(wide_amx, wide)
+FASTLM_DECLARE_SPLIT_ISA(wide_amx, wide)
 #endif
 
 namespace {
@@ -105,13 +117,13 @@ const Isa kIsas[] = {
     {"scalar", always, always, &scalar::kFloat, &scalar::kDouble, &scalar::kBFloat16},
 #ifdef FASTLM_WIDE_ISA
     {"wide", has_avx2, always, &wide::kFloat, &wide::kDouble, &wide::kBFloat16},
-    {"wide_amx", has_avx2, always, &wide::kFloat, &wide::kDouble, &wide_amx::kBFloat16},
+    {"wide_amx", has_avx2, always, &wide_amx::kFloat, &wide::kDouble, &wide_amx::kBFloat16},
 #endif
 #if defined(__x86_64__)
     {"avx2", has_avx2, always, &avx2::kFloat, &avx2::kDouble, &avx2::kBFloat16},
     {"avx512", has_avx512, always, &avx512::kFloat, &avx512::kDouble, &avx512::kBFloat16},
     {"avx512_bf16", has_avx512_bf16, has_fast_pairs, &avx512::kFloat, &avx512::kDouble, &avx512_bf16::kBFloat16},
-    {"avx512_amx", has_avx512_amx, always, &avx512::kFloat, &avx512::kDouble, &avx512_amx::kBFloat16},
+    {"avx512_amx", has_avx512_amx, always, &avx512_amx::kFloat, &avx512::kDouble, &avx512_amx::kBFloat16},
 #endif
 };
 

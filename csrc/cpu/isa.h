@@ -29,6 +29,7 @@ struct RecurrentKernels {
   void (*backward)(const RecurrentBackwardParams<S>&, const RecurrentPlan&, ParallelFor);
   Stream<S>* (*stream)(const StreamParams<S>&);  // the caller's to delete
   int64_t rows_in_place;                         // of a single step forward, that weights need not be packed for
+  int weight_bytes;                              // of a packed weight
 };
 
 template <class S>

@@ -29,7 +29,8 @@ int64_t chunk_rows(int64_t most, int64_t batch, int64_t steps) {
 
 // `rows_in_place`: of a single step, at most, for which weights need not be packed.
 template <class Params>
-RecurrentPlan make_plan(const Params& p, int gates, int64_t rows_in_place, int max_threads, bool backward) {
+RecurrentPlan make_plan(const Params& p, int gates, int64_t rows_in_place, int weight_bytes, int max_threads,
+                        bool backward) {
   using T = typename Params::T;
   const int64_t rows = p.ragged ? p.ragged->first[p.ragged->steps] : p.seq_len * p.batch;
   const int64_t steps = p.ragged ? p.ragged->steps : p.seq_len;
@@ -42,8 +43,9 @@ RecurrentPlan make_plan(const Params& p, int gates, int64_t rows_in_place, int m
   plan.threads = threads_for(plan.work_ns, kNsPerThread, max_threads);
   // Sharing the units halves the weights that a member streams through its L2 every step; where they fit anyway,
   // sharing the batch saves the barriers.
-  const double state_bytes = static_cast<double>(gates) * p.hidden * p.hidden * sizeof(T);
-  const bool small = state_bytes <= kSmallWeights, fits = small || (steps > 1 && state_bytes <= bytes_in_l2());
+  const double state = static_cast<double>(gates) * p.hidden * p.hidden;
+  const bool small = state * sizeof(T) <= kSmallWeights;
+  const bool fits = small || (steps > 1 && state * weight_bytes <= bytes_in_l2());
   plan.split_batch = plan.threads == 1 || (fits && p.batch >= (small ? kRowsToSplit : kManyRowsToSplit) * plan.threads);
   plan.direct = rows <= (backward ? 6 : 16) || (steps == 1 && rows <= rows_in_place);
   plan.forward_rows = chunk_rows(plan.split_batch ? kForwardRows : kForwardRows / 2, p.batch, steps);
@@ -56,20 +58,27 @@ RecurrentPlan make_plan(const Params& p, int gates, int64_t rows_in_place, int m
 template <class S>
 void run_forward(const RecurrentKernels<S>& kernels, const RecurrentForwardParams<S>& p, int gates, int max_threads,
                  ParallelFor parallel_for) {
-  kernels.forward(p, RecurrentPlan::make(p, gates, kernels.rows_in_place, max_threads), parallel_for);
+  kernels.forward(p, RecurrentPlan::make(p, gates, kernels.rows_in_place, kernels.weight_bytes, max_threads),
+                  parallel_for);
+}
+
+template <class S>
+void run_backward(const RecurrentKernels<S>& kernels, const RecurrentBackwardParams<S>& p, int gates, int max_threads,
+                  ParallelFor parallel_for) {
+  kernels.backward(p, RecurrentPlan::make(p, gates, kernels.weight_bytes, max_threads), parallel_for);
 }
 
 }  // namespace
 
 template <class S>
 RecurrentPlan RecurrentPlan::make(const RecurrentForwardParams<S>& p, int gates, int64_t rows_in_place,
-                                  int max_threads) {
-  return make_plan(p, gates, rows_in_place, max_threads, false);
+                                  int weight_bytes, int max_threads) {
+  return make_plan(p, gates, rows_in_place, weight_bytes, max_threads, false);
 }
 
 template <class S>
-RecurrentPlan RecurrentPlan::make(const RecurrentBackwardParams<S>& p, int gates, int max_threads) {
-  return make_plan(p, gates, kBackwardRowsInPlace, max_threads, true);
+RecurrentPlan RecurrentPlan::make(const RecurrentBackwardParams<S>& p, int gates, int weight_bytes, int max_threads) {
+  return make_plan(p, gates, kBackwardRowsInPlace, weight_bytes, max_threads, true);
 }
 
 template <class S>
@@ -93,7 +102,7 @@ void gru_forward(const RecurrentForwardParams<S>& p, int max_threads, ParallelFo
 
 template <class S>
 void gru_backward(const RecurrentBackwardParams<S>& p, int max_threads, ParallelFor parallel_for) {
-  kernels<S>().gru->backward(p, RecurrentPlan::make(p, kGruGates, max_threads), parallel_for);
+  run_backward(*kernels<S>().gru, p, kGruGates, max_threads, parallel_for);
 }
 
 template <class S>
@@ -103,7 +112,7 @@ void lstm_forward(const RecurrentForwardParams<S>& p, int max_threads, ParallelF
 
 template <class S>
 void lstm_backward(const RecurrentBackwardParams<S>& p, int max_threads, ParallelFor parallel_for) {
-  kernels<S>().lstm->backward(p, RecurrentPlan::make(p, kLstmGates, max_threads), parallel_for);
+  run_backward(*kernels<S>().lstm, p, kLstmGates, max_threads, parallel_for);
 }
 
 #define FASTLM_INSTANTIATE(S)                                                                                  \

@@ -1,5 +1,5 @@
-// Target: AVX-512 with tile registers for products of BFloat16 (AMX), for tensors of BFloat16 alone; the rest is
-// avx512's. Included first by avx512_amx_*.cpp; holds for the rest of the file.
+// Target: AVX-512 with tile registers for products of BFloat16 (AMX), for tensors of BFloat16 and for floats that are
+// split into such; the rest is avx512's. Included first by avx512_amx_*.cpp; holds for the rest of the file.
 #include "cpu/isa/standard.h"
 
 #pragma GCC target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16")
@@ -11,3 +11,4 @@
 #define FASTLM_BFLOAT16_INSTRUCTION 1
 #define FASTLM_BFLOAT16_TILES 1
 #define FASTLM_TILE_INSTRUCTIONS 1
+#define FASTLM_FLOATS_ELSEWHERE avx512

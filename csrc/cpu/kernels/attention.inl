@@ -5,6 +5,12 @@
 #include "cpu/kernels/attention_decode.inl"
 #include "cpu/subnormals.h"
 
+#ifdef FASTLM_FLOATS_ELSEWHERE
+namespace fastlm::cpu::FASTLM_FLOATS_ELSEWHERE {
+extern const AttentionKernels<float> kAttentionFloat;
+}
+#endif
+
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
 // body(i) for n items, however many, between all members.
@@ -33,8 +39,8 @@ void decode(const AttentionForwardParams<S>& p, const AttentionPlan& plan, Paral
 }
 
 template <class S>
-void attention_forward(const AttentionForwardParams<S>& p, const AttentionPlan& plan, ParallelFor parallel_for) {
-  if (plan.decode) return decode(p, plan, parallel_for);
+void attend(const AttentionForwardParams<S>& p, const AttentionPlan& plan, ParallelFor parallel_for,
+            std::atomic<bool>* beyond) {
   using Pass = AttentionForward<S>;
   Workspace workspace;
   for (int i = 0; i < plan.threads; ++i) Pass::Buffers::take(workspace, p, plan.most_rows);
@@ -44,6 +50,7 @@ void attention_forward(const AttentionForwardParams<S>& p, const AttentionPlan& 
   run_team(parallel_for, plan.threads, plan.work_ns, [&](const Team& team) {
     const FlushSubnormals flushing;
     const TileRegisters in_use;
+    const RangeWatch<Operand<S>> watch(beyond);
     Pass pass(p, buffers[team.rank]);
     share_all(team, static_cast<int64_t>(plan.items.size()), [&](int64_t i) { pass.run(plan.items[i]); });
   });
@@ -74,6 +81,30 @@ void attention_backward(const AttentionBackwardParams<S>& p, const AttentionPlan
   });
 }
 
+template <class S>
+void attention_forward(const AttentionForwardParams<S>& p, const AttentionPlan& plan, ParallelFor parallel_for) {
+  plan.decode ? decode(p, plan, parallel_for) : attend(p, plan, parallel_for, nullptr);
+}
+
+#ifdef FASTLM_FLOATS_ELSEWHERE
+// Of floats that are split, where there are enough products to each.
+inline void split_attention_forward(const AttentionForwardParams<float>& p, const AttentionPlan& plan,
+                                    ParallelFor parallel_for) {
+  constexpr int64_t kDimAtLeast = 48, kLengthAtLeast = 192, kLengthAtLeastOfPart = 512;
+  const int64_t length = std::min(p.q_len, p.k_len);
+  const auto reaches = [&](int64_t side) { return side < 0 || side >= length; };
+  const bool all = reaches(p.left) && reaches(p.right);  // whether queries see all keys, the mask apart
+  std::atomic<bool> beyond{plan.decode || p.weights || std::min(p.dim, p.v_dim) < kDimAtLeast ||
+                           length < (all ? kLengthAtLeast : kLengthAtLeastOfPart)};
+  if (!beyond) attend(p, plan, parallel_for, &beyond);
+  if (beyond) FASTLM_FLOATS_ELSEWHERE::kAttentionFloat.forward(p, plan, parallel_for);
+}
+inline void plain_attention_backward(const AttentionBackwardParams<float>& p, const AttentionPlan& plan,
+                                     ParallelFor parallel_for) {
+  FASTLM_FLOATS_ELSEWHERE::kAttentionFloat.backward(p, plan, parallel_for);
+}
+extern const AttentionKernels<float> kAttentionFloat{split_attention_forward, plain_attention_backward};
+#endif
 #ifndef FASTLM_BFLOAT16_ONLY
 extern const AttentionKernels<float> kAttentionFloat{attention_forward<float>, attention_backward<float>};
 extern const AttentionKernels<double> kAttentionDouble{attention_forward<double>, attention_backward<double>};

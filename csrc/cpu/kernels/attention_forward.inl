@@ -34,9 +34,9 @@ class AttentionForward {
       const int64_t keys = chunk_keys(p);
       Buffers b;
       b.key_panels = workspace.take<E>(keys * panel_depth<E>(p.dim));
-      b.values = workspace.take<E>(keys * row_stride<T>(p.v_dim));
+      b.values = workspace.take<E>(keys * values_width(p));
       b.queries = workspace.take<E>(rows * row_stride<E>(p.dim));
-      b.weights = workspace.take<E>(kPairs<E> ? kRows * row_stride<E>(keys) : 0);
+      b.weights = workspace.take<E>(kApart<E> ? kRows * row_stride<E>(keys) : 0);
       b.sums = workspace.take<T>(rows * row_stride<T>(p.v_dim));
       b.scores = workspace.take<T>(kRows * row_stride<T>(keys));
       b.factors = workspace.take<T>(keys);
@@ -74,6 +74,14 @@ class AttentionForward {
  private:
   static int64_t chunk_keys(const AttentionForwardParams<S>& p) {
     return p.weights ? (p.k_len / kCols<T> + 1) * kCols<T> : kChunkKeys;
+  }
+  // Of values as operands: in rows, or in panels of pairs of tiles, one after another.
+  static int64_t values_width(const AttentionForwardParams<S>& p) {
+    return kSplit<E> ? panel_depth<E>(p.v_dim) : row_stride<T>(p.v_dim);
+  }
+  // The first of the keys to be packed, with what must come before them.
+  static int64_t first_packed(int64_t key) {
+    return kSplit<E> ? key / kSplitColumns * kSplitColumns : lanes_down<T>(key);
   }
   void kv_head() {
     start();
@@ -117,16 +125,25 @@ class AttentionForward {
     for (int64_t g = 0; g < group_; ++g) {
       const auto rule = scores(g);
       for (int64_t t = 0; t < tiles_; ++t)
-        if (const Seen seen = buffers_.seen[g * tiles_ + t]; !seen.keys.empty()) attend(rule, g, tile(t), first, seen);
+        if (const Seen seen = buffers_.seen[g * tiles_ + t]; !seen.keys.empty()) {
+          if constexpr (kSplit<E>)
+            attend_split(rule, g, tile(t), first, seen);
+          else
+            attend(rule, g, tile(t), first, seen);
+        }
     }
   }
 
   void pack(int64_t first, Keys keys) {
-    const int64_t begin = lanes_down<T>(keys.begin), row = sequence_.k_begin + first;
+    const int64_t begin = first_packed(keys.begin), row = sequence_.k_begin + first;
     pack_keys(p_.k.row(item_.b, item_.kv_head, row), p_.k.time, keys.begin, keys.end, p_.dim, buffers_.key_panels);
     panel_width_ = panel_width<T>(keys.end);
-    pack_panel(p_.v.row(item_.b, item_.kv_head, row + begin), p_.v.time, keys.end - begin, p_.v_dim,
-               buffers_.values + begin * v_stride_, v_stride_);
+    const S* values = p_.v.row(item_.b, item_.kv_head, row + begin);
+    if constexpr (kSplit<E>)
+      pack_part(values, p_.v.time, keys.end - begin, p_.v_dim, buffers_.values + begin * kPairColumns,
+                panel_depth<E>(p_.v_dim), pair_step(keys_));
+    else
+      pack_panel(values, p_.v.time, keys.end - begin, p_.v_dim, buffers_.values + begin * v_stride_, v_stride_);
   }
 
   // One tile of queries of head g with what it sees of the chunk from `first` on.
@@ -150,26 +167,44 @@ class AttentionForward {
         true);
   }
 
+  // The same where the operands of products are split: weights after they are known.
+  void attend_split(const HeadScores<S>& rule, int64_t g, Team::Range tile, int64_t first, Seen seen) {
+    const Keys keys = seen.keys;
+    const int64_t rows = tile.end - tile.begin, place = g * queries_ + tile.begin;
+    const int64_t begin = first_packed(keys.begin), end = lanes_up<T>(keys.end);
+    T* s = buffers_.scores;
+    for (int64_t n = keys.begin / kCols<T> * kCols<T>; n < end; n += kCols<T>)
+      split_tiles(rows, std::min(kCols<T>, end - n),
+                  {buffers_.queries + place * q_stride_, buffers_.key_panels + n * panel_depth<E>(p_.dim), s + n,
+                   q_stride_, pair_step(p_.dim), s_stride_, p_.dim, nullptr, 0});
+    const E* weights = weigh(rule, g, tile, first, seen);
+    T* sums = buffers_.sums + place * v_stride_;
+    for (int64_t d = 0; d < p_.v_dim; d += kCols<T>)
+      split_tiles(rows, std::min(kCols<T>, p_.v_dim - d),
+                  {weights + begin, buffers_.values + begin * kPairColumns + d / kPairColumns * pair_step(keys_),
+                   sums + d, w_stride_, pair_step(keys_), v_stride_, end - begin, sums + d, v_stride_});
+  }
+
   // Scores of a tile become weights, zero where nothing is seen, and the sums so far are made to match.
   const E* weigh(const HeadScores<S>& rule, int64_t g, Team::Range tile, int64_t first, Seen seen) {
     const auto [keys, masked] = seen;
-    const int64_t begin = lanes_down<T>(keys.begin), end = lanes_up<T>(keys.end);
+    const int64_t begin = first_packed(keys.begin), end = kSplit<E> ? panel_depth<E>(keys.end) : lanes_up<T>(keys.end);
     E* weights;
-    if constexpr (kPairs<E>)
+    if constexpr (kApart<E>)
       weights = buffers_.weights;
     else
       weights = buffers_.scores;
     for (int64_t query = item_.begin + tile.begin; query < item_.begin + tile.end; ++query) {
       const int64_t r = query - item_.begin - tile.begin, place = g * queries_ + tile.begin + r;
       T* row = buffers_.scores + r * s_stride_;
-      E* to = weights + r * (kPairs<E> ? w_stride_ : s_stride_);
+      E* to = weights + r * (kApart<E> ? w_stride_ : s_stride_);
       const Keys here = rule.seen(query).less(first).clipped(keys.begin, keys.end);
       if (here.empty()) {
-        std::fill(to + begin, to + end, E{});
+        clear_columns(to, begin, end);
         continue;
       }
-      std::fill(to + begin, to + lanes_down<T>(here.begin), E{});
-      std::fill(to + lanes_up<T>(here.end), to + end, E{});
+      clear_columns(to, begin, lanes_down<T>(here.begin));
+      clear_columns(to, lanes_up<T>(here.end), end);
       if (!rule.plain(masked)) rule.transform(query, first, here, masked, row, nullptr);
       const T factor = add(buffers_.softmax[place], row, here, rule.factor(), g, query, first, to);
       if (factor != T(1)) scale_row(buffers_.sums + place * v_stride_, factor);
@@ -184,7 +219,7 @@ class AttentionForward {
     const V factor = V::broadcast(1 / (p_.average ? sum * static_cast<T>(p_.q_heads) : sum));
     T* to = buffers_.given + place * s_stride_;
     for (int64_t i = lanes_down<T>(keys.begin); i < keys.end; i += V::kLanes) {
-      const V weights = load_as<V>(exponentials + i, V::kLanes) * factor;  // NaN where one score is, but not outside
+      const V weights = load_columns<V>(exponentials, i) * factor;  // NaN where one score is, but not outside
       (replace_outside(weights, keys.begin - i, keys.end - i, T(0)) + V::load(to + i)).store(to + i);
     }
   }
@@ -192,20 +227,22 @@ class AttentionForward {
   // Weights of the scores of one row, as the products with the values take them.
   T add(Softmax<T>& softmax, T* row, Keys keys, T factor, int64_t g, int64_t query, int64_t first, E* to) {
     if (!dropout_.active())
-      return softmax.add(row, keys, factor, [&](const auto& e, int64_t i) FASTLM_LAMBDA_INLINE { keep(e, to + i); });
+      return softmax.add(row, keys, factor, [&](const auto& e, int64_t i) FASTLM_LAMBDA_INLINE { keep(e, to, i); });
     dropout_.factors(lse_place(query, g), first, lanes_down<T>(keys.begin), lanes_up<T>(keys.end), buffers_.factors);
     return softmax.add(row, keys, factor, [&](const auto& e, int64_t i) FASTLM_LAMBDA_INLINE {
-      keep(e * std::decay_t<decltype(e)>::load(buffers_.factors + i), to + i);
+      keep(e * std::decay_t<decltype(e)>::load(buffers_.factors + i), to, i);
     });
   }
-  template <class W>
-  static FASTLM_INLINE void keep(const W& weights, E* to) {
-    if constexpr (!kPairs<E>)
-      weights.store(to);
-    else if constexpr (W::kParts > 1)
-      unrolled<W::kParts>([&](int j) FASTLM_LAMBDA_INLINE { store_operand(weights.parts[j], to + j * V::kLanes); });
+  template <class X>
+  static FASTLM_INLINE void keep(const X& weights, E* to, int64_t i) {
+    if constexpr (kSplit<E>)
+      store_columns(weights, to, i, X::kLanes);
+    else if constexpr (!kPairs<E>)
+      weights.store(to + i);
+    else if constexpr (X::kParts > 1)
+      unrolled<X::kParts>([&](int j) FASTLM_LAMBDA_INLINE { store_operand(weights.parts[j], to + i + j * V::kLanes); });
     else
-      store_operand(weights, to);
+      store_operand(weights, to + i);
   }
 
   void scale_row(T* row, T factor) const {

@@ -11,6 +11,12 @@
 #include "cpu/kernels/cross_entropy_pass.inl"
 #include "cpu/subnormals.h"
 
+#ifdef FASTLM_FLOATS_ELSEWHERE
+namespace fastlm::cpu::FASTLM_FLOATS_ELSEWHERE {
+extern const CrossEntropyKernels<float> kCrossEntropyFloat;
+}
+#endif
+
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
 template <class S>
@@ -100,19 +106,39 @@ class CrossEntropyCall {
 };
 
 template <class S>
-void cross_entropy(const CrossEntropyParams<S>& p, const CrossEntropyPlan& plan, ParallelFor parallel_for) {
+void cross_entropy(const CrossEntropyParams<S>& p, const CrossEntropyPlan& plan, ParallelFor parallel_for,
+                   std::atomic<bool>* beyond) {
   const CrossEntropyCall<S> call(p, plan);
   run_team(parallel_for, plan.threads, plan.work_ns, [&](const Team& team) {
     const FlushSubnormals flushing;
     const TileRegisters in_use;
+    const RangeWatch<Operand<S>> watch(beyond);
     call.run(team);
   });
 }
 
-#ifndef FASTLM_BFLOAT16_ONLY
-extern const CrossEntropyKernels<float> kCrossEntropyFloat{cross_entropy<float>};
-extern const CrossEntropyKernels<double> kCrossEntropyDouble{cross_entropy<double>};
+template <class S>
+void cross_entropy_entry(const CrossEntropyParams<S>& p, const CrossEntropyPlan& plan, ParallelFor parallel_for) {
+  cross_entropy(p, plan, parallel_for, nullptr);
+}
+#ifdef FASTLM_FLOATS_ELSEWHERE
+// Of floats that are split, where there are enough products to each.
+template <>
+inline void cross_entropy_entry(const CrossEntropyParams<float>& p, const CrossEntropyPlan& plan,
+                                ParallelFor parallel_for) {
+  constexpr int64_t kRowsAtLeast = 128, kWordsAtLeast = 128;
+  const int64_t dim = CrossEntropy<float>::has_gradients(p) ? 96 : 64;
+  std::atomic<bool> beyond{p.live_rows < kRowsAtLeast * plan.items || p.vocab < kWordsAtLeast || p.dim < dim};
+  if (!beyond) cross_entropy(p, plan, parallel_for, &beyond);
+  if (beyond) FASTLM_FLOATS_ELSEWHERE::kCrossEntropyFloat.run(p, plan, parallel_for);
+}
+extern const CrossEntropyKernels<float> kCrossEntropyFloat{cross_entropy_entry<float>};
 #endif
-extern const CrossEntropyKernels<BFloat16> kCrossEntropyBFloat16{cross_entropy<BFloat16>};
+
+#ifndef FASTLM_BFLOAT16_ONLY
+extern const CrossEntropyKernels<float> kCrossEntropyFloat{cross_entropy_entry<float>};
+extern const CrossEntropyKernels<double> kCrossEntropyDouble{cross_entropy_entry<double>};
+#endif
+extern const CrossEntropyKernels<BFloat16> kCrossEntropyBFloat16{cross_entropy_entry<BFloat16>};
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

@@ -13,6 +13,9 @@
 
 #include "cpu/cross_entropy.h"
 #include "cpu/kernels/operands.inl"
+#ifdef FASTLM_FLOATS_ELSEWHERE
+#include "cpu/kernels/split_gemm.inl"
+#endif
 #include "cpu/simd/math.h"
 #include "cpu/sum_tree.h"
 #include "cpu/workspace.h"
@@ -30,6 +33,7 @@ class CrossEntropy {
  public:
   using T = Compute<S>;
   using E = Operand<S>;
+  using Gathered = std::conditional_t<kSplit<E>, T, E>;  // rows of hidden, before they are packed
   using V = Vec<T>;
   static constexpr int64_t kRows = kOperandRows<E>;  // of a tile
   // Words of a block, the depth of the product for gradients of hidden: more leave other operands no room in L2, but a
@@ -50,7 +54,7 @@ class CrossEntropy {
 
   // What follows from the sizes.
   struct Layout {
-    int64_t block_rows, row_stride, logit_stride, grad_stride, rounded_stride, parts;
+    int64_t block_rows, row_stride, weight_stride, logit_stride, grad_stride, rounded_stride, parts;
     bool keeps_logits, in_place, copies_weight;  // in_place: logits become their gradients where they lie
     bool few_words;                              // whose logits stay in cache
     bool fetches_sums;                           // of gradients of weight, of a block of words, before its product
@@ -63,6 +67,7 @@ class CrossEntropy {
       l.block_rows = (wanted + kCols<T> - 1) / kCols<T> * kCols<T>;
       if (l.keeps_logits) l.block_rows = std::min(l.block_rows, kept);
       l.row_stride = FASTLM_ISA_NAMESPACE::row_stride<T>(panels_for<T>(p.dim) * kCols<T>);
+      l.weight_stride = kSplit<E> ? FASTLM_ISA_NAMESPACE::row_stride<E>(p.dim) : l.row_stride;
       l.grad_stride = FASTLM_ISA_NAMESPACE::row_stride<T>(l.block_rows);
       l.few_words = p.vocab * l.grad_stride * int64_t{sizeof(T)} <= kBytesInPlace;
       l.in_place = !l.keeps_logits || l.few_words;
@@ -79,15 +84,16 @@ class CrossEntropy {
 
   // Of all members, about the block of rows at hand.
   struct Shared {
-    E *hidden, *hidden_columns, *hidden_panels;  // rows, if copied; panels of rows as columns; panels of columns
-    T *logits, *statistics, *target_logits;      // statistics: [part][greatest, sum, total][row]
-    T* slabs;                                    // gradients of hidden, which meet in the tree
-    SumTree* tree;                               // of more parts than one
+    Gathered* hidden;                        // rows, if copied
+    E *hidden_columns, *hidden_panels;       // panels of rows as columns; panels of columns
+    T *logits, *statistics, *target_logits;  // statistics: [part][greatest, sum, total][row]
+    T* slabs;                                // gradients of hidden, which meet in the tree
+    SumTree* tree;                           // of more parts than one
 
     static Shared take(Workspace& workspace, const CrossEntropyParams<S>& p, const Layout& l) {
       const int64_t panels = panels_for<T>(p.dim) * kCols<T>;
       Shared s;
-      s.hidden = workspace.take<E>(l.block_rows * l.row_stride);
+      s.hidden = workspace.take<Gathered>(l.block_rows * l.row_stride);
       s.hidden_columns = workspace.take<E>(l.block_rows * panel_depth<E>(p.dim));
       s.hidden_panels = workspace.take<E>(p.grad_weight ? l.block_rows * panels : 0);
       s.logits = workspace.take<T>(l.keeps_logits ? p.vocab * l.logit_stride : 0);
@@ -118,14 +124,16 @@ class CrossEntropy {
     T *block, *edge;                    // of a block of words: logits that are not kept, and gradients of logits
     E *weight, *panel;                  // likewise
     E *rounded_rows, *rounded_columns;  // gradients of logits as products take them, where that is another type
+    E* turned;                          // a tile's columns of them, as rows
     T *greatest, *factors, *weights;    // of rows: exp(logit - greatest) times factors is the gradient
     static Own take(Workspace& workspace, const CrossEntropyParams<S>& p, const Layout& l) {
       Own o;
       o.block = workspace.take<T>(l.keeps_logits && l.in_place ? 0 : kWordsAtMost * l.grad_stride);
-      o.weight = workspace.take<E>(l.copies_weight ? kWordsAtMost * l.row_stride : 0);
-      o.panel = workspace.take<E>(kWordsAtMost * (kPairs<E> ? panels_for<T>(p.dim) : 1) * kCols<T>);
-      o.rounded_rows = workspace.take<E>(kPairs<E> ? kWordsAtMost * l.rounded_stride : 0);
+      o.weight = workspace.take<E>(l.copies_weight ? kWordsAtMost * l.weight_stride : 0);
+      o.panel = workspace.take<E>(kWordsAtMost * (kApart<E> ? panels_for<T>(p.dim) : 1) * kCols<T>);
+      o.rounded_rows = workspace.take<E>(kApart<E> ? kWordsAtMost * l.rounded_stride : 0);
       o.rounded_columns = workspace.take<E>(kPairs<E> ? kWordsAtMost * l.rounded_stride : 0);
+      o.turned = workspace.take<E>(kSplit<E> ? kRows * row_stride<E>(kWordsAtMost) : 0);
       o.edge = workspace.take<T>(kWordsAtMost * kCols<T>);
       o.greatest = workspace.take<T>(l.block_rows);
       o.factors = workspace.take<T>(l.block_rows);
@@ -159,8 +167,9 @@ class CrossEntropy {
 
  private:
   using Words = Team::Range;
+  template <class X>
   struct Rows {
-    const E* data;
+    const X* data;
     int64_t stride;
   };
 
@@ -199,32 +208,36 @@ class CrossEntropy {
     if (!p_.grad_weight) return;
     for (int64_t d = 0; d < p_.dim; d += kCols<T>)
       pack_columns(rows + own.begin * stride + d, stride, own.end - own.begin, p_.dim - d,
-                   shared_.hidden_panels + d * layout_.block_rows + own.begin * kCols<T>);
+                   shared_.hidden_panels + d * layout_.block_rows, own.begin, layout_.block_rows);
   }
   // Copied only where they lie apart, are of another type or end in half a pair.
-  Rows hidden_rows(Team::Range own) const {
-    if constexpr (std::is_same_v<S, E>)
+  Rows<Gathered> hidden_rows(Team::Range own) const {
+    if constexpr (std::is_same_v<S, Gathered>)
       if (consecutive() && p_.dim % kPairing<E> == 0) return {p_.hidden + row(0) * p_.dim, p_.dim};
     for (int64_t r = own.begin; r < own.end; ++r)
       copy_rows(p_.hidden + row(r) * p_.dim, 0, 1, p_.dim, shared_.hidden + r * layout_.row_stride, 0);
     return {shared_.hidden, layout_.row_stride};
   }
   bool consecutive() const { return row(rows_ - 1) - row(0) == rows_ - 1; }
-  // A panel of up to kCols columns of these rows.
+  // Of a panel of up to kCols columns and `depth` rows, those from `first` on.
   template <class From>
-  static void pack_columns(const From* from, int64_t stride, int64_t rows, int64_t width, E* panel) {
-    if constexpr (kPairs<E>)
-      pack_panel(from, stride, rows, std::min(kCols<T>, width), panel, kCols<T>);
+  static void pack_columns(const From* from, int64_t stride, int64_t rows, int64_t width, E* panel, int64_t first,
+                           int64_t depth) {
+    const int64_t cols = std::min(kCols<T>, width);
+    if constexpr (kSplit<E>)
+      pack_part(from, stride, rows, cols, panel + first * kPairColumns, kCols<T>, pair_step(depth));
+    else if constexpr (kPairs<E>)
+      pack_panel(from, stride, rows, cols, panel + first * kCols<T>, kCols<T>);
     else
-      pack_rows(from, stride, rows, std::min(kCols<T>, width), panel);
+      pack_rows(from, stride, rows, cols, panel + first * kCols<T>);
   }
 
-  Rows weight(Words words) const {
+  Rows<E> weight(Words words) const {
     const S* from = p_.weight + words.begin * p_.dim;
     if constexpr (std::is_same_v<S, E>)
       if (!layout_.copies_weight) return {from, p_.dim};
-    copy_rows(from, p_.dim, words.end - words.begin, p_.dim, own_.weight, layout_.row_stride);
-    return {own_.weight, layout_.row_stride};
+    copy_rows(from, p_.dim, words.end - words.begin, p_.dim, own_.weight, layout_.weight_stride);
+    return {own_.weight, layout_.weight_stride};
   }
 
   // Rows of weight, or of its gradient, for the products after the one at hand.
@@ -353,6 +366,9 @@ class CrossEntropy {
       differentiate(words, logits, grads);
       if (p_.grad_bias) add_grad_bias(words, grads);
       if constexpr (kPairs<E>) round_gradients(words, grads);
+      if constexpr (kSplit<E>)
+        copy_rows(grads, layout_.grad_stride, words.end - words.begin, rows_, own_.rounded_rows,
+                  layout_.rounded_stride);
       if (p_.grad_hidden) add_grad_hidden(words, grads, grad_hidden, first);
       if (p_.grad_weight) add_grad_weight(words, grads);
       first = false;
@@ -437,16 +453,20 @@ class CrossEntropy {
       T* to = sums_.weight + words.begin * p_.dim + d;
       const int64_t cols = std::min(kCols<T>, p_.dim - d);
       const bool whole = cols == kCols<T>;
-      rows_times_panel<E, E, T>(from, stride, count, panel, cols, rows_, whole ? to : own_.edge,
-                                whole ? p_.dim : kCols<T>, whole ? init : Init::kZero, nullptr, 1, next, &ahead);
+      if constexpr (kSplit<E>)
+        split_rows_times_panel(from, stride, count, panel, pair_step(layout_.block_rows), cols, rows_,
+                               whole ? to : own_.edge, whole ? p_.dim : kCols<T>, whole ? init : Init::kZero, nullptr);
+      else
+        rows_times_panel<E, E, T>(from, stride, count, panel, cols, rows_, whole ? to : own_.edge,
+                                  whole ? p_.dim : kCols<T>, whole ? init : Init::kZero, nullptr, 1, next, &ahead);
       for (int64_t i = 0; !whole && i < count; ++i)
         for (int64_t j = 0; j < cols; ++j)
           to[i * p_.dim + j] = own_.edge[i * kCols<T> + j] + (first_ > 0 ? to[i * p_.dim + j] : T(0));
     }
   }
 
-  Rows operand_rows(const T* grads) const {
-    if constexpr (kPairs<E>)
+  Rows<E> operand_rows(const T* grads) const {
+    if constexpr (kApart<E>)
       return {own_.rounded_rows, layout_.rounded_stride};
     else
       return {grads, layout_.grad_stride};
@@ -460,9 +480,9 @@ class CrossEntropy {
       ahead = rows_ahead(sums_.weight, words);
     for (int64_t d = 0; d < p_.dim; d += kCols<T>) {
       const int64_t count = words.end - words.begin;
-      E* panel = own_.panel + (kPairs<E> ? d * kWordsAtMost : 0);
-      pack_columns(p_.weight + words.begin * p_.dim + d, p_.dim, count, p_.dim - d, panel);
-      if constexpr (!kPairs<E>)
+      E* panel = own_.panel + (kApart<E> ? d * kWordsAtMost : 0);
+      pack_columns(p_.weight + words.begin * p_.dim + d, p_.dim, count, p_.dim - d, panel, 0, count);
+      if constexpr (!kApart<E>)
         each_tile([&](int64_t begin, int64_t end) {
           run_tile_of<true>(
               static_cast<int>(end - begin), std::min(kCols<T>, p_.dim - d), 1,
@@ -479,6 +499,17 @@ class CrossEntropy {
                             kWordsAtMost * kCols<T>, sum.data + begin * sum.stride, sum.stride},
             !first);
       });
+    if constexpr (kSplit<E>)
+      each_tile([&](int64_t begin, int64_t end) { add_tile(words, grads, sum, first, begin, end); });
+  }
+  // Columns [begin, end) of gradients of logits, as rows, times the panels of a block of words.
+  void add_tile(Words words, const T* grads, Sum sum, bool first, int64_t begin, int64_t end) const {
+    const int64_t count = words.end - words.begin, stride = row_stride<E>(count);
+    split_columns(grads + begin, layout_.grad_stride, count, end - begin, own_.turned, stride);
+    for (int64_t d = 0; d < p_.dim; d += kCols<T>)
+      split_rows_times_panel(own_.turned, stride, end - begin, own_.panel + d * kWordsAtMost, pair_step(count),
+                             std::min(kCols<T>, p_.dim - d), count, sum.data + begin * sum.stride + d, sum.stride,
+                             first ? Init::kZero : Init::kAccumulate, nullptr);
   }
   // body(begin, end) for every tile of the block's rows.
   template <class Body>

@@ -192,12 +192,12 @@ struct Products {
   }
 };
 
-// Panel i of B for k to k + depth.
-template <class T>
-void pack_panel(const Products<T>& products, int64_t i, int64_t k, int64_t depth, T* to) {
+// Panel i of B for k to k + depth; of T or what stands for it in products.
+template <class T, class P>
+void pack_panel(const Products<T>& products, int64_t i, int64_t k, int64_t depth, P* to) {
   const auto [p, col, cols] = products.panel(i);
   if (p.b_transposed)
-    pack_transposed(p.b + col * p.b_stride + k, p.b_stride, depth, cols, to);
+    pack_transposed(p.b + col * p.b_stride + k, p.b_stride, depth, cols, to, kCols<T>);
   else
     pack_rows(p.b + k * p.b_stride + col, p.b_stride, depth, cols, to);
 }

@@ -42,10 +42,10 @@ struct GruCell {
   template <class V, class S, class E, class T = Compute<S>>
   static FASTLM_INLINE void forward_state(const ForwardRow<S, E>& row, int64_t u, int64_t n) {
     const auto slot = [&](int i) FASTLM_LAMBDA_INLINE { return V::load(row.slots + i * kCols<T> + u); };
-    const V state = slot(kSlotNewState), z = slot(kSlotUpdate), h = load_as<V>(row.h + u, V::kLanes);
+    const V state = slot(kSlotNewState), z = slot(kSlotUpdate), h = load_columns<V>(row.h, u);
     const V candidate = tanh(fma(slot(kSlotReset), state, slot(kSlotNewInput)));
     const V h_new = rounded_to<S>(fma(z, h - candidate, candidate));
-    store_as(h_new, row.h_new + u, V::kLanes);
+    store_columns(h_new, row.h_new, u, n);
     put_as(h_new, row.output + u, n, row.streams_output);
     if (!row.reserve) return;
     const auto keep = [&](int column, const V& value) FASTLM_LAMBDA_INLINE {

@@ -42,14 +42,14 @@ struct LstmCell {
     const V c = V::load(row.c + u), c_new = fma(slot(kForget), c, slot(kInput) * slot(kCell));
     const V h_new = rounded_to<S>(slot(kOutput) * tanh(c_new));
     c_new.store(row.c + u);
-    store_as(h_new, row.h_new + u, V::kLanes);
+    store_columns(h_new, row.h_new, u, n);
     put_as(h_new, row.output + u, n, row.streams_output);
     if (row.cells) store_as(c_new, row.cells + u, n);
     if (!row.reserve) return;
     const auto keep = [&](int column, const V& value) FASTLM_LAMBDA_INLINE {
       put_as(value, row.reserve + column * row.hidden + u, n, row.streams_reserve);
     };
-    keep(kKeptCell, c), keep(kKeptLstmHidden, load_as<V>(row.h + u, V::kLanes));
+    keep(kKeptCell, c), keep(kKeptLstmHidden, load_columns<V>(row.h, u));
   }
 
   // row.dh, row.dc, in: gradients of the states after the step; out: dc of the state before.

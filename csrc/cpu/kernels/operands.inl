@@ -1,10 +1,12 @@
 // What a product takes: numbers of the arithmetic type, or, where there are instructions for it, pairs of BFloat16
-// along the depth whose two products are added to a float at once.
+// along the depth whose two products are added to a float at once, or floats split into such.
 //
 // Operand<S> is the type that tensors of S meet in products. A lies in rows, contiguous along the depth, or in columns:
 // [depth][columns], pairs [depth / 2][columns][2]. B lies in panels of the form of A's columns. Pairs are filled up
 // with zeros where the depth is odd.
 #pragma once
+
+#include <atomic>
 
 #include "cpu/kernels/gemm.inl"
 #ifdef FASTLM_BFLOAT16_TILES
@@ -17,17 +19,29 @@
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
+#ifdef FASTLM_FLOATS_ELSEWHERE
+constexpr bool kSplitsFloats = true;
+#else
+constexpr bool kSplitsFloats = false;
+#endif
 template <class S>
-using Operand = std::conditional_t<FASTLM_BFLOAT16_PAIRS && std::is_same_v<S, BFloat16>, BFloat16, Compute<S>>;
+using Operand =
+    std::conditional_t<FASTLM_BFLOAT16_PAIRS && std::is_same_v<S, BFloat16>, BFloat16,
+                       std::conditional_t<kSplitsFloats && std::is_same_v<S, float>, SplitFloat, Compute<S>>>;
 template <class E>
 constexpr bool kPairs = std::is_same_v<E, BFloat16>;
+template <class E>
+constexpr bool kSplit = std::is_same_v<E, SplitFloat>;
+// Whether operands are no numbers of the arithmetic type, and lie apart from these.
+template <class E>
+constexpr bool kApart = kPairs<E> || kSplit<E>;
 template <class E>
 constexpr int64_t kPairing = kPairs<E> ? 2 : 1;
 
 // Rows of C that one call of multiply() may make.
 #ifdef FASTLM_BFLOAT16_TILES
 template <class E>
-constexpr int64_t kOperandRows = kPairs<E> ? kTilesRows : kTileRows;
+constexpr int64_t kOperandRows = kApart<E> ? kTilesRows : kTileRows;
 #else
 template <class E>
 constexpr int64_t kOperandRows = kTileRows;
@@ -37,12 +51,19 @@ struct TileRegisters {  // there are none
 };
 #endif
 
+// Lives where a member of a team works: sets a flag where it met numbers that operands cannot hold (split.inl).
+template <class E>
+struct RangeWatch {
+  explicit RangeWatch(std::atomic<bool>*) {}
+  ~RangeWatch() {}
+};
+
 inline int64_t even_up(int64_t n) { return (n + 1) / 2 * 2; }
 
 // Rows are kept dense at a stride of an odd number of cache lines, so that a column of them uses all of the cache.
 template <class E>
 int64_t row_stride(int64_t width) {
-  const int64_t line = 64 / sizeof(E);
+  const int64_t line = kSplit<E> ? kSplitColumns : 64 / static_cast<int64_t>(sizeof(E));
   return ((width + line - 1) / line | 1) * line;
 }
 
@@ -62,6 +83,22 @@ FASTLM_INLINE void store_operand(Vec<float> x, BFloat16* to) {
 FASTLM_INLINE FloatBits operand_bits(Vec<float> x) { return bfloat16_bits(x); }
 FASTLM_INLINE void store_operand(Vec<float> x, BFloat16* to) { store_as(x, to, Vec<float>::kLanes); }
 #endif
+
+// Columns [column, column + kLanes) of a row of operands, the first n of x and whatever fills them up; and back.
+template <class V, class E>
+FASTLM_INLINE void store_columns(const V& x, E* row, int64_t column, int64_t) {
+  store_as(x, row + column, V::kLanes);
+}
+template <class V, class E>
+FASTLM_INLINE V load_columns(const E* row, int64_t column) {
+  return load_as<V>(row + column, V::kLanes);
+}
+
+// Zeros in columns [begin, end), whole vectors.
+template <class E>
+void clear_columns(E* row, int64_t begin, int64_t end) {
+  std::fill(row + begin, row + end, E{});
+}
 
 // Rows converted and filled up with zeros, to whole vectors or pairs.
 template <class S, class T>
@@ -225,7 +262,9 @@ void multiply(int64_t rows, int64_t depth, int64_t cols, const PanelProduct<T>& 
 template <class E, class P, class T>
 void rows_times_panel(const E* a, int64_t a_stride, int64_t rows, const P* panel, int64_t cols, int64_t depth, T* c,
                       int64_t c_stride, Init init, const T* bias, int deal, const P* next, Ahead* ahead = nullptr) {
-  if constexpr (kPairs<E>) {
+  if constexpr (kSplit<E>) {
+    split_rows_times_panel(a, a_stride, rows, panel, pair_step(depth), cols, depth, c, c_stride, init, bias);
+  } else if constexpr (kPairs<E>) {
     for (int64_t r = 0; bias && init == Init::kBias && r < rows; ++r) std::copy_n(bias, kCols<T>, c + r * c_stride);
     for (int64_t r = 0; r < rows; r += kOperandRows<E>)
       multiply<false>(
@@ -238,3 +277,7 @@ void rows_times_panel(const E* a, int64_t a_stride, int64_t rows, const P* panel
 }
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE
+
+#ifdef FASTLM_FLOATS_ELSEWHERE
+#include "cpu/kernels/split.inl"
+#endif

@@ -13,18 +13,26 @@
 #include "cpu/kernels/stream.inl"
 #include "cpu/subnormals.h"
 
+#ifdef FASTLM_FLOATS_ELSEWHERE
+namespace fastlm::cpu::FASTLM_FLOATS_ELSEWHERE {
+extern const RecurrentKernels<float> kGruFloat, kLstmFloat;
+}
+#endif
+
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
-template <class S, class P, class Cell>
-void forward_with_panels(const RecurrentForwardParams<S>& p, const RecurrentPlan& plan, ParallelFor parallel_for) {
+template <class S, class P, class Cell, class Q = P>
+void forward_with_panels(const RecurrentForwardParams<S>& p, const RecurrentPlan& plan, ParallelFor parallel_for,
+                         std::atomic<bool>* beyond = nullptr) {
   Workspace workspace;
-  ForwardBuffers<S, P>::template take<Cell>(workspace, p, plan);
+  ForwardBuffers<S, P, Q>::template take<Cell>(workspace, p, plan);
   workspace.allocate();
-  const auto buffers = ForwardBuffers<S, P>::template take<Cell>(workspace, p, plan);
+  const auto buffers = ForwardBuffers<S, P, Q>::template take<Cell>(workspace, p, plan);
   run_team(parallel_for, plan.threads, plan.work_ns, [&](const Team& team) {
     const FlushSubnormals flushing;
     const TileRegisters in_use;
-    ForwardPass<S, P, Cell>(p, plan, buffers, team).run();
+    const RangeWatch<Operand<S>> watch(beyond);
+    ForwardPass<S, P, Cell, Q>(p, plan, buffers, team).run();
   });
 }
 
@@ -37,7 +45,8 @@ void recurrent_forward(const RecurrentForwardParams<S>& p, const RecurrentPlan& 
 }
 
 template <class S, class E, class Cell>
-void backward_with_operands(const RecurrentBackwardParams<S>& p, const RecurrentPlan& plan, ParallelFor parallel_for) {
+void backward_with_operands(const RecurrentBackwardParams<S>& p, const RecurrentPlan& plan, ParallelFor parallel_for,
+                            std::atomic<bool>* beyond = nullptr) {
   using Buffers = BackwardBuffers<S, E, Cell>;
   Workspace workspace;
   Buffers::take(workspace, p, plan);
@@ -46,6 +55,7 @@ void backward_with_operands(const RecurrentBackwardParams<S>& p, const Recurrent
   run_team(parallel_for, plan.threads, plan.work_ns, [&](const Team& team) {
     const FlushSubnormals flushing;
     const TileRegisters in_use;
+    const RangeWatch<E> watch(beyond);
     BackwardPass<S, E, Cell>(p, plan, buffers, team).run();
   });
 }
@@ -56,13 +66,69 @@ void recurrent_backward(const RecurrentBackwardParams<S>& p, const RecurrentPlan
   backward_with_operands<S, Operand<S>, Cell>(p, plan, parallel_for);
 }
 
+#ifdef FASTLM_FLOATS_ELSEWHERE
+// Whether floats are split, and whether also where they meet the recurrent weights, which come again in every step:
+// they must be near, or the rows of a step be many. From sizes alone, not threads, that sums may not depend on.
+struct Splits {
+  bool any, state;
+
+  template <class Params>
+  static Splits of(const Params& p, const RecurrentPlan& plan, int gates, bool backward) {
+    constexpr int64_t kRowsAtLeast = 256, kInputAtLeast = 128;
+    const int64_t state_bytes = gates * p.hidden * p.hidden * static_cast<int64_t>(sizeof(SplitFloat));
+    const int64_t tiles = (p.batch + kTileSide - 1) / kTileSide * kTileSide;
+    const bool many = p.batch >= 2 * kTileSide, full = 4 * p.batch >= 3 * tiles;
+    Splits splits{};
+    splits.state = many || (p.batch >= kTileSide && full && state_bytes <= l2_bytes());
+    const int64_t units = splits.state ? (many ? 64 : 128) : 192;
+    const bool pays = backward ? p.hidden >= std::max<int64_t>(96, units)
+                               : p.hidden >= units && (splits.state || p.input_size >= kInputAtLeast);
+    splits.any = !plan.direct && pays && p.batch > 0 && StepRows(p).all() >= kRowsAtLeast;
+    return splits;
+  }
+};
+
+template <class Cell, const RecurrentKernels<float>& kPlain>
+void split_forward(const RecurrentForwardParams<float>& p, const RecurrentPlan& plan, ParallelFor parallel_for) {
+  const auto splits = Splits::of(p, plan, Cell::kGates, false);
+  std::atomic<bool> beyond{!splits.any};
+  if (splits.any && splits.state)
+    forward_with_panels<float, SplitFloat, Cell>(p, plan, parallel_for, &beyond);
+  else if (splits.any)
+    forward_with_panels<float, SplitFloat, Cell, float>(p, plan, parallel_for, &beyond);
+  if (beyond) kPlain.forward(p, plan, parallel_for);
+}
+template <class Cell, const RecurrentKernels<float>& kPlain>
+void split_backward(const RecurrentBackwardParams<float>& p, const RecurrentPlan& plan, ParallelFor parallel_for) {
+  const auto splits = Splits::of(p, plan, Cell::kGates, true);
+  std::atomic<bool> beyond{!splits.any};
+  RecurrentPlan split = plan;
+  split.splits_state = splits.state;
+  if (splits.any) backward_with_operands<float, SplitFloat, Cell>(p, split, parallel_for, &beyond);
+  if (beyond) kPlain.backward(p, plan, parallel_for);
+}
+template <const RecurrentKernels<float>& kPlain>
+Stream<float>* plain_stream(const StreamParams<float>& params) {
+  return kPlain.stream(params);
+}
+template <class Cell, const RecurrentKernels<float>& kPlain>
+constexpr RecurrentKernels<float> split_kernels() {
+  return {split_forward<Cell, kPlain>, split_backward<Cell, kPlain>, plain_stream<kPlain>, kBroadcastRowsAtMost,
+          sizeof(SplitFloat)};
+}
+#endif
+
 // A cell's entries in the table, for every element type.
 template <class S, class Cell>
 constexpr RecurrentKernels<S> recurrent_kernels() {
   return {recurrent_forward<S, Cell>, recurrent_backward<S, Cell>, make_stream<S, Cell>,
-          kWidens<S> ? kNarrowRowsInPlace : kBroadcastRowsAtMost};
+          kWidens<S> ? kNarrowRowsInPlace : kBroadcastRowsAtMost, sizeof(Compute<S>)};
 }
-#ifdef FASTLM_BFLOAT16_ONLY
+#ifdef FASTLM_FLOATS_ELSEWHERE
+#define FASTLM_RECURRENT_KERNELS(name, Cell)                                                                      \
+  extern const RecurrentKernels<float> name##Float = split_kernels<Cell, FASTLM_FLOATS_ELSEWHERE::name##Float>(); \
+  extern const RecurrentKernels<BFloat16> name##BFloat16 = recurrent_kernels<BFloat16, Cell>()
+#elif defined(FASTLM_BFLOAT16_ONLY)
 #define FASTLM_RECURRENT_KERNELS(name, Cell) \
   extern const RecurrentKernels<BFloat16> name##BFloat16 = recurrent_kernels<BFloat16, Cell>()
 #else

@@ -3,6 +3,9 @@
 #pragma once
 
 #include "cpu/kernels/recurrent_backward_pairs.inl"
+#ifdef FASTLM_FLOATS_ELSEWHERE
+#include "cpu/kernels/recurrent_backward_split.inl"
+#endif
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
@@ -18,7 +21,16 @@ int64_t d_gates_stride(int64_t hidden) {
   return padded<T>(kSlots * hidden + kSumVecs * Vec<T>::kLanes);
 }
 
-// E: what products take, T or pairs of S.
+// Products of operands that lie apart from the gradients.
+#ifdef FASTLM_FLOATS_ELSEWHERE
+template <class S, class Cell>
+using BackwardApart = std::conditional_t<kSplit<Operand<S>>, BackwardSplit<Cell>, BackwardPairs<S, Cell>>;
+#else
+template <class S, class Cell>
+using BackwardApart = BackwardPairs<S, Cell>;
+#endif
+
+// E: what products take, T or pairs of S, or floats that are split.
 template <class S, class E, class Cell>
 struct BackwardBuffers {
   using T = Compute<S>;
@@ -33,7 +45,7 @@ struct BackwardBuffers {
   // Where the weight gradients are summed: the results themselves, or a wider form of them.
   T *grad_w_ih, *grad_w_hh, *grad_b_ih, *grad_b_hh;
   GemmBuffers<T> gemm;
-  typename BackwardPairs<S, Cell>::Buffers pairs;
+  typename BackwardApart<S, Cell>::Buffers apart;
 
   FASTLM_NOINLINE static BackwardBuffers take(Workspace& workspace, const RecurrentBackwardParams<S>& p,
                                               const RecurrentPlan& plan) {
@@ -42,11 +54,10 @@ struct BackwardBuffers {
     const bool weights = p.grad_w_ih || p.grad_w_hh;
     const int64_t panels_h = panels_for<T>(p.hidden), panels_i = panels_for<T>(p.input_size);
     BackwardBuffers buffers{};
-    if constexpr (kPairs<E>) {
-      buffers.pairs = decltype(pairs)::take(workspace, p, plan);
-    } else if (!plan.direct) {
+    if constexpr (kApart<E>) buffers.apart = decltype(apart)::take(workspace, p, plan);
+    if (!plan.direct && !state_apart(plan)) {
       buffers.panels_hh = workspace.take<T>(panels_h * gates * kCols<T>);
-      if (p.grad_x) buffers.panels_ih = workspace.take<T>(panels_i * gates * kCols<T>);
+      if (p.grad_x && !kSplit<E>) buffers.panels_ih = workspace.take<T>(panels_i * gates * kCols<T>);
     }
     buffers.d_gates = workspace.take<T>(rows * d_gates_stride<T>(p.hidden));
     buffers.dh = workspace.take<T>(state);
@@ -54,7 +65,7 @@ struct BackwardBuffers {
     if (!kPairs<E> && copies_input<T>(p) && weights) buffers.x = workspace.take<T>(rows * p.input_size);
     buffers.edges = workspace.take<T>(plan.threads * edges_size(p));
     if (plan.direct) buffers.late = workspace.take<T>(plan.threads * kDepthInCache<T> * kCols<T>);
-    if (!kPairs<E> && weights) buffers.gemm = GemmBuffers<T>::take(workspace, panels_h + panels_i, rows, plan.threads);
+    if (!kApart<E> && weights) buffers.gemm = GemmBuffers<T>::take(workspace, panels_h + panels_i, rows, plan.threads);
     const auto sums = [&](S* grad, int64_t n) -> T* {
       if constexpr (kWidens<S>)
         return grad ? workspace.take<T>(n) : nullptr;
@@ -69,6 +80,8 @@ struct BackwardBuffers {
   }
   // Of rows of weight gradients; products of pairs write whole vectors.
   static int64_t sums_stride(int64_t width) { return kPairs<E> ? lanes_up<T>(width) : width; }
+  // Whether operands that meet the recurrent weights lie apart.
+  static bool state_apart(const RecurrentPlan& plan) { return kPairs<E> || (kSplit<E> && plan.splits_state); }
   static int64_t edges_size(const RecurrentBackwardParams<S>& p) {
     return (copies_input<T>(p) ? panels_for<T>(p.input_size) : 1) * kBlockRows * kCols<T>;
   }
@@ -89,13 +102,14 @@ class BackwardPass {
         own_(plan.split_batch ? rows_.split(team) : Team::Range{0, p.batch}),
         stride_(padded<T>(p.hidden)),
         gates_stride_(d_gates_stride<T>(p.hidden)),
-        pairs_(p, plan, buffers.pairs, rows_, team) {}
+        apart_(p, plan, buffers.apart, rows_, team) {}
 
   void run() {
-    if constexpr (kPairs<E>)
-      pairs_.pack_weights();
-    else if (!plan_.direct)
-      pack_weights();
+    if (!Buffers::state_apart(plan_)) {
+      if (!plan_.direct) pack_weights();
+    } else if constexpr (kApart<E>) {
+      apart_.pack_weights();
+    }
     start_state();
     rows_.clear_padding(p_.grad_x, p_.input_size, team_);
     if (rows_.all() == 0) clear_weight_gradients();
@@ -155,7 +169,7 @@ class BackwardPass {
                   panels + i * gates * kCols<T>);
     };
     pack(p_.w_hh, p_.hidden, buffers_.panels_hh);
-    if (p_.grad_x) pack(p_.w_ih, p_.input_size, buffers_.panels_ih);
+    if (buffers_.panels_ih) pack(p_.w_ih, p_.input_size, buffers_.panels_ih);
   }
 
   void start_state() {
@@ -198,7 +212,9 @@ class BackwardPass {
            p_.grad_cells ? p_.grad_cells + place * p_.hidden : nullptr, p_.reserve + row * Cell::kReserve * p_.hidden,
            buffers_.dh + b * stride_, buffers_.dc + b * stride_, d_gates(row - base), p_.hidden},
           begin, end);
-      if constexpr (kPairs<E>) pairs_.round(row - base, d_gates(row - base), begin, end);
+      if constexpr (kApart<E>)
+        if (Buffers::state_apart(plan_))
+          apart_.keep_operands(apart_.operand_row(step, row_of(step) - base) + b, d_gates(row - base), begin, end);
     }
   }
 
@@ -212,7 +228,7 @@ class BackwardPass {
   // Carries the gradient over a step, and differentiates the step before it unless that is in the next chunk.
   void carry_and_differentiate(int64_t step, int64_t first, int64_t base, Blocks blocks) {
     if (step > first) fetch_kept(step - 1, blocks);
-    if (step > 0 || p_.grad_h0) carry_back(active(step), row_of(step) - base, blocks);
+    if (step > 0 || p_.grad_h0) carry_back(step, row_of(step) - base, blocks);
     if (rows_.any_resets()) reset_gradients(step, blocks);
     if (step > first) differentiate(step - 1, base, blocks);
   }
@@ -242,12 +258,14 @@ class BackwardPass {
     }
   }
 
-  // dh (these sequences and blocks) = [what bypasses the product +] d_gates times the recurrent weights.
-  void carry_back(Team::Range range, int64_t row, Blocks blocks) {
-    if constexpr (kPairs<E>) {
-      for (int64_t block = blocks.begin; range.begin < range.end && block < blocks.end; ++block)
-        pairs_.carry_back(row + range.begin, range.end - range.begin, block,
-                          buffers_.dh + range.begin * stride_ + block * kCols<T>, stride_);
+  // dh (these blocks of a step) = [what bypasses the product +] d_gates, from `row` on, times the recurrent weights.
+  void carry_back(int64_t step, int64_t row, Blocks blocks) {
+    const auto range = active(step);
+    if (Buffers::state_apart(plan_)) {
+      if constexpr (kApart<E>)
+        for (int64_t block = blocks.begin; range.begin < range.end && block < blocks.end; ++block)
+          apart_.carry_back(apart_.operand_row(step, row) + range.begin, range.end - range.begin, block,
+                            buffers_.dh + range.begin * stride_ + block * kCols<T>, stride_);
       return;
     }
     bool first = !Cell::kCarriesHidden;
@@ -279,6 +297,7 @@ class BackwardPass {
   // Shared by rows, or by columns where rows are few.
   void input_gradient(Team::Range chunk) {
     if (!p_.grad_x) return;
+    if constexpr (kSplit<E>) return apart_.input_gradients(chunk, d_gates(0), gates_stride_);
     const int64_t rows = chunk.end - chunk.begin, panels = panels_for<T>(p_.input_size);
     if (plan_.direct)
       return team_.share(panels, false, [&](int64_t i) { input_gradient_block(chunk.begin, {0, rows}, {i, i + 1}); });
@@ -292,7 +311,7 @@ class BackwardPass {
     if constexpr (kPairs<E>) {
       T* sums = edge(0);
       for (int64_t i = panels.begin; i < panels.end; ++i) {
-        pairs_.input_gradient(rows.begin, rows.end - rows.begin, i, sums);
+        apart_.input_gradient(rows.begin, rows.end - rows.begin, i, sums);
         write_input_gradient(base, rows, i, sums);
       }
       return;
@@ -332,11 +351,13 @@ class BackwardPass {
 
   // The slots' gradients meet x and the states before the steps; both products of a run share their packing.
   void weight_gradients(Team::Range rows, bool accumulate) {
-    if constexpr (kPairs<E>) return pairs_.weight_gradients(rows, accumulate, buffers_.grad_w_ih, buffers_.grad_w_hh);
+    if constexpr (kPairs<E>) return apart_.weight_gradients(rows, accumulate, buffers_.grad_w_ih, buffers_.grad_w_hh);
     const T* h = p_.reserve + (rows.begin * Cell::kReserve + Cell::kHiddenKept) * p_.hidden;
     const T* x = buffers_.x;
     if constexpr (!kWidens<S>)
       if (!x) x = p_.x + rows.begin * p_.input_size;
+    if constexpr (kSplit<E>)
+      return apart_.weight_gradients(rows.end - rows.begin, d_gates(0), gates_stride_, x, h, accumulate);
     for (const auto& run : Cell::kRuns) {
       GemmParams<T> parts[2];
       int count = 0;
@@ -433,7 +454,7 @@ class BackwardPass {
   const StepRows rows_;
   const Team::Range own_;
   const int64_t stride_, gates_stride_;
-  BackwardPairs<S, Cell> pairs_;
+  BackwardApart<S, Cell> apart_;
 };
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

@@ -65,8 +65,11 @@ class BackwardPairs {
     if (p_.grad_x) pack(p_.w_ih, p_.input_size, buffers_.panels_ih);
   }
 
+  // Where the operands of a step's first row lie; row: where its gradients do.
+  int64_t operand_row(int64_t, int64_t row) const { return row; }
+
   // Units [begin, end) of a row of the chunk, of all slots.
-  void round(int64_t row, const T* d_gates, int64_t begin, int64_t end) {
+  void keep_operands(int64_t row, const T* d_gates, int64_t begin, int64_t end) {
     E* to = buffers_.gates + row * stride_;
     for (int slot = 0; slot < kSlots; ++slot)
       for (int64_t u = begin; u < end; u += V::kLanes) {

@@ -19,26 +19,32 @@ int64_t rows_in_cache(int64_t depth) {
   return std::max<int64_t>(kElements / std::max<int64_t>(depth, 1) / kTileRows, 4) * kTileRows;
 }
 
-// P: what panels of weights hold, S or its Compute<S>.
+// What meets panels of P, of weights stored as S.
 template <class S, class P>
+using OperandFor = std::conditional_t<kSplit<Operand<S>> && !kSplit<P>, Compute<S>, Operand<S>>;
+
+// P, Q: what panels of weights hold, of the input's and the state's: S or its Compute<S>, or floats that are split.
+template <class S, class P, class Q = P>
 struct ForwardBuffers {
   using T = Compute<S>;
-  using E = Operand<S>;  // what products take of x and h
-  P* panels_ih;          // [block][gate][I][kCols]
-  P* panels_hh;          // [block][gate][H][kCols]
-  T* bias;               // [block][slot][kCols]: what a slot starts from
-  E* h[2];               // (B, padded H): state before and after a step
-  T* c;                  // (B, padded H)
-  E* x;                  // [row of the chunk][I, in whole pairs], where rows of the input are copied
-  T* gates[2];           // [block][row of the chunk][slot][kCols]; two, of chunks in turn, where units are shared
-  P* late;               // per member: max(I, H) x kCols, a panel packed when it is wanted, where S is not T
+  using X = OperandFor<S, P>;                                           // what products take of x
+  using E = OperandFor<S, Q>;                                           // and of h
+  static constexpr bool kNumbers = std::is_same_v<S, T> && !kSplit<X>;  // of one type, in tensors and products
+  P* panels_ih;                                                         // [block][gate][I][kCols]
+  Q* panels_hh;                                                         // [block][gate][H][kCols]
+  T* bias;                                                              // [block][slot][kCols]: what a slot starts from
+  E* h[2];                                                              // (B, padded H): state before and after a step
+  T* c;                                                                 // (B, padded H)
+  X* x;         // [row of the chunk][I, in whole pairs], where rows of the input are copied
+  T* gates[2];  // [block][row of the chunk][slot][kCols]; two, of chunks in turn, where units are shared
+  P* late;      // per member: max(I, H) x kCols, a panel packed when it is wanted, where S is not T
   T *turned_x, *turned_h, *sums;  // per member, of a single step's rows: RowGroups of x and h, their product's sums
 
   template <class Cell>
   void take_weights(Workspace& workspace, const RecurrentForwardParams<S>& p) {
     const RecurrentSizes<T> sizes(p.hidden);
     panels_ih = workspace.take<P>(sizes.blocks * Cell::kGates * panel_depth<P>(p.input_size) * kCols<T>);
-    panels_hh = workspace.take<P>(sizes.blocks * Cell::kGates * panel_depth<P>(p.hidden) * kCols<T>);
+    panels_hh = workspace.take<Q>(sizes.blocks * Cell::kGates * panel_depth<Q>(p.hidden) * kCols<T>);
   }
   void take_bias(Workspace& workspace, const RecurrentForwardParams<S>& p) {
     const RecurrentSizes<T> sizes(p.hidden);
@@ -59,7 +65,7 @@ struct ForwardBuffers {
     } else if (plan.direct && kWidens<S>) {
       late = workspace.take<P>(plan.threads * late_size(p));
     }
-    if (copies) x = workspace.take<E>(plan.forward_rows * x_stride(p));
+    if (copies) x = workspace.take<X>(plan.forward_rows * x_stride(p));
     const int64_t size = sizes.blocks * plan.forward_rows * sizes.slots_width;
     gates[0] = workspace.take<T>(size);
     gates[1] = plan.split_batch ? gates[0] : workspace.take<T>(size);
@@ -72,28 +78,31 @@ struct ForwardBuffers {
     if (!plan.direct) buffers.template take_weights<Cell>(workspace, p);
     buffers.take_bias(workspace, p);
     buffers.take_state(workspace, p);
-    buffers.take_scratch(workspace, p, plan, copies_input<E>(p));
+    buffers.take_scratch(workspace, p, plan, copies_input<X>(p));
     return buffers;
   }
   // Whether a single step's rows are turned to meet weights in place. By the batch, not a member's rows: sums must not
   // depend on how many share them.
   static bool broadcasts(const RecurrentForwardParams<S>& p, const RecurrentPlan& plan) {
-    return std::is_same_v<S, T> && plan.direct && StepRows(p).steps() == 1 &&
+    return kNumbers && plan.direct && StepRows(p).steps() == 1 &&
            !dot_is_faster<S>(p.batch, std::min(p.input_size, p.hidden));
   }
-  static int64_t x_stride(const RecurrentForwardParams<S>& p) { return panel_depth<E>(p.input_size); }
+  static int64_t x_stride(const RecurrentForwardParams<S>& p) {
+    return kSplit<X> ? row_stride<X>(p.input_size) : panel_depth<X>(p.input_size);
+  }
   static int64_t late_size(const RecurrentForwardParams<S>& p) {
     return panel_depth<P>(std::max(p.input_size, p.hidden)) * kCols<T>;
   }
 };
 
-template <class S, class P, class Cell>
+template <class S, class P, class Cell, class Q = P>
 class ForwardPass {
  public:
-  using T = Compute<S>;
-  using E = Operand<S>;
-  ForwardPass(const RecurrentForwardParams<S>& p, const RecurrentPlan& plan, const ForwardBuffers<S, P>& buffers,
-              const Team& team)
+  using Buffers = ForwardBuffers<S, P, Q>;
+  using T = typename Buffers::T;
+  using X = typename Buffers::X;
+  using E = typename Buffers::E;
+  ForwardPass(const RecurrentForwardParams<S>& p, const RecurrentPlan& plan, const Buffers& buffers, const Team& team)
       : p_(p),
         plan_(plan),
         buffers_(buffers),
@@ -102,7 +111,7 @@ class ForwardPass {
         rows_(p),
         own_(plan.split_batch ? rows_.split(team) : Team::Range{0, p.batch}),
         spread_(plan.split_batch && team.size > 1),
-        x_stride_(ForwardBuffers<S, P>::x_stride(p)),
+        x_stride_(Buffers::x_stride(p)),
         h_stride_(padded<E>(p.hidden)),
         c_stride_(padded<T>(p.hidden)),
         streams_output_(!kWidens<S> && streams(p.output, rows_.all(), p.hidden)),
@@ -146,7 +155,7 @@ class ForwardPass {
     if (buffers_.x) copy_input(chunk);
     if (rows_.steps() == 1) {
       const auto rows = active(0);
-      if constexpr (std::is_same_v<S, T>)
+      if constexpr (Buffers::kNumbers)
         if (turned_x()) {
           const auto turn = [&](const T* from, int64_t stride, int64_t width, T* to) {
             turn_rows(RowGroups::of<T>(rows.end - rows.begin), from, stride, width, 0, width, to);
@@ -174,8 +183,8 @@ class ForwardPass {
     return spread_ ? (t - t0) * p_.batch : rows_.first(t) - rows_.first(t0);
   }
   // The input of a step from sequence b on.
-  const E* input(const Chunk& chunk, int64_t step, int64_t b) const {
-    if constexpr (std::is_same_v<S, E>)
+  const X* input(const Chunk& chunk, int64_t step, int64_t b) const {
+    if constexpr (std::is_same_v<S, X>)
       if (!buffers_.x) return p_.x + (rows_.first(rows_.time(step)) + b) * p_.input_size;
     return buffers_.x + (row_of(chunk, step) + b) * x_stride_;
   }
@@ -202,7 +211,7 @@ class ForwardPass {
       pack_transposed(w_ih + row * p_.input_size, p_.input_size, p_.input_size, units,
                       buffers_.panels_ih + i * panel_depth<P>(p_.input_size) * kCols<T>);
       pack_transposed(w_hh + row * p_.hidden, p_.hidden, p_.hidden, units,
-                      buffers_.panels_hh + i * panel_depth<P>(p_.hidden) * kCols<T>);
+                      buffers_.panels_hh + i * panel_depth<Q>(p_.hidden) * kCols<T>);
     }
   }
 
@@ -224,7 +233,7 @@ class ForwardPass {
       };
       E* h = buffers_.h[rows_.initial_half(i)] + i * h_stride_;
       copy_values(given(p_.h0), h, p_.hidden);
-      std::fill(h + p_.hidden, h + panel_depth<E>(p_.hidden), E{});
+      fill_up(h, p_.hidden, panel_depth<E>(p_.hidden));
       if (!Cell::kHasCellState) continue;
       T* c = buffers_.c + i * c_stride_;
       copy_values(given(p_.c0), c, p_.hidden);
@@ -234,10 +243,11 @@ class ForwardPass {
 
   // slots (rows) = init + a (rows, depth) times the weights of one block and gate, packed or in place; `turned`: a as
   // turn_rows() leaves it, or null.
-  void product(const E* a, int64_t a_stride, const T* turned, int64_t rows, const P* panels, const S* weights,
+  template <class A, class W>
+  void product(const A* a, int64_t a_stride, const T* turned, int64_t rows, const W* panels, const S* weights,
                int64_t depth, int64_t block, int gate, T* slots, Init init, const T* bias, int deal) {
-    const P* panel = panels + (block * Cell::kGates + gate) * panel_depth<P>(depth) * kCols<T>;
-    const P* next = panel + panel_depth<P>(depth) * kCols<T>;
+    const W* panel = panels + (block * Cell::kGates + gate) * panel_depth<W>(depth) * kCols<T>;
+    const W* next = panel + panel_depth<W>(depth) * kCols<T>;
     // Nothing that has panels of another type is direct.
     if constexpr (std::is_same_v<P, S>)
       if (plan_.direct) {
@@ -250,9 +260,9 @@ class ForwardPass {
                                          part(buffers_.sums, kCols<T>)});
         // By the batch, as above.
         if (!kWidens<S> || dot_is_faster<S>(p_.batch, depth))
-          return dot_product<S, E>({a, a_stride, stored, depth, units, depth, slots, sizes_.slots_width, init, bias, 0},
+          return dot_product<S, A>({a, a_stride, stored, depth, units, depth, slots, sizes_.slots_width, init, bias, 0},
                                    rows);
-        P* late = buffers_.late + team_.rank * ForwardBuffers<S, P>::late_size(p_);
+        P* late = buffers_.late + team_.rank * Buffers::late_size(p_);
         pack_transposed(stored, depth, depth, units, late);
         panel = late;
         next = stored_after(weights, depth, block, gate);
@@ -280,9 +290,9 @@ class ForwardPass {
     for (int64_t step = chunk.first; step < chunk.last; ++step) {
       const auto rows = plan_.split_batch ? active(step) : team_.split(rows_.at(rows_.time(step)));
       for (int64_t b = rows.begin; b < rows.end; ++b) {
-        E* to = buffers_.x + (row_of(chunk, step) + b) * x_stride_;
+        X* to = buffers_.x + (row_of(chunk, step) + b) * x_stride_;
         copy_values(p_.x + rows_.place(rows_.first(rows_.time(step)) + b) * p_.input_size, to, p_.input_size);
-        std::fill(to + p_.input_size, to + x_stride_, E{});
+        fill_up(to, p_.input_size, x_stride_);
       }
     }
     if (!plan_.split_batch) team_.barrier();
@@ -299,17 +309,17 @@ class ForwardPass {
     }
     const auto range = rows_.rows(chunk.first, chunk.last);
     const int64_t rows = range.end - range.begin, together = rows_in_cache<T>(p_.input_size);
-    const E* x = input(chunk, p_.reverse ? chunk.last - 1 : chunk.first, 0);
+    const X* x = input(chunk, p_.reverse ? chunk.last - 1 : chunk.first, 0);
     for (int64_t row = 0; row < rows; row += together)
       project_rows(chunk, row, x + row * x_stride_, std::min(together, rows - row));
   }
 
   // These rows x of the input to the chunk's rows from `row` on.
-  void project_rows(const Chunk& chunk, int64_t row, const E* x, int64_t count) {
+  void project_rows(const Chunk& chunk, int64_t row, const X* x, int64_t count) {
     for_blocks(false, [&](int64_t block) { project_block(chunk, row, x, count, block); });
   }
 
-  FASTLM_NOINLINE void project_block(const Chunk& chunk, int64_t row, const E* x, int64_t count, int64_t block) {
+  FASTLM_NOINLINE void project_block(const Chunk& chunk, int64_t row, const X* x, int64_t count, int64_t block) {
     for (int gate = 0; gate < Cell::kGates; ++gate) {
       const int slot = Cell::input_slot(gate);
       product(x, x_stride_, turned_x(), count, buffers_.panels_ih, p_.w_ih, p_.input_size, block, gate,
@@ -349,8 +359,12 @@ class ForwardPass {
       Cell::template forward_gates<Vec<T>>(row, u, n);
       Cell::template forward_state<Vec<T>>(row, u, n);
     }
-    // What fills up the last pair meets weights of zero, and would make NaN of them if it were not finite.
-    if (kPairs<E> && units % 2) row.h_new[units] = E{};
+    // What fills up the last pair or group meets weights of zero, and would make NaN of them if it were not finite.
+    if constexpr (kPairs<E>)
+      if (units % 2) row.h_new[units] = E{};
+    if constexpr (kSplit<E>)
+      for (int64_t u = lanes_up<T>(units); u < panel_depth<E>(units); u += Vec<T>::kLanes)
+        store_columns(Vec<T>::zero(), row.h_new, u, Vec<T>::kLanes);
   }
 
   // Where a sequence starts anew, the coming step finds zeros.
@@ -423,14 +437,14 @@ class ForwardPass {
     const auto own = plan_.split_batch ? own_ : team_.split(p_.batch);
     for (int64_t i = own.begin; i < own.end; ++i) {
       const int64_t to = rows_.sequence(i) * p_.hidden;
-      copy_values<E>(buffers_.h[rows_.final_half(i)] + i * h_stride_, p_.h_n + to, p_.hidden);
+      copy_values(buffers_.h[rows_.final_half(i)] + i * h_stride_, p_.h_n + to, p_.hidden);
       if (Cell::kHasCellState) copy_values<T>(buffers_.c + i * c_stride_, p_.c_n + to, p_.hidden);
     }
   }
 
   const RecurrentForwardParams<S>& p_;
   const RecurrentPlan& plan_;
-  const ForwardBuffers<S, P>& buffers_;
+  const Buffers& buffers_;
   const Team& team_;
   const RecurrentSizes<T> sizes_;
   const StepRows rows_;

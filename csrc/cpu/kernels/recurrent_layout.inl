@@ -12,7 +12,7 @@ namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 // A row stride of at least n that spreads consecutive rows over the cache's sets.
 template <class E>
 int64_t padded(int64_t n) {
-  constexpr int64_t cols = kCols<Compute<E>>, line = 64 / sizeof(E);
+  constexpr int64_t cols = kCols<Compute<E>>, line = kSplit<E> ? kSplitColumns : 64 / sizeof(E);
   return (n + cols - 1) / cols * cols + line;
 }
 
@@ -34,6 +34,23 @@ template <class From, class To>
 void copy_values(const From* from, To* to, int64_t n) {
   using V = Vec<Compute<To>>;
   for (int64_t i = 0; i < n; i += V::kLanes) store_as(from ? load_as<V>(from + i, n - i) : V::zero(), to + i, n - i);
+}
+#ifdef FASTLM_FLOATS_ELSEWHERE
+inline void copy_values(const float* from, SplitFloat* to, int64_t n) {
+  if (from)
+    copy_rows(from, 0, 1, n, to, 0);
+  else
+    std::fill_n(to, panel_depth<SplitFloat>(n), SplitFloat{});
+}
+inline void copy_values(const SplitFloat* from, float* to, int64_t n) {
+  using V = Vec<float>;
+  for (int64_t i = 0; i < n; i += V::kLanes) load_columns<V>(from, i).store_partial(to + i, n - i);
+}
+#endif
+// What fills up a row of operands behind n of them; those that are split come with zeros.
+template <class E>
+void fill_up(E* row, int64_t n, int64_t stride) {
+  if constexpr (!kSplit<E>) std::fill(row + n, row + stride, E{});
 }
 
 // Which rows each step works on, in order of time or of the steps taken (the other way round in reverse).

@@ -11,3 +11,6 @@
 #include "cpu/kernels/gemm_entry.inl"
 #include "cpu/kernels/math.inl"
 #endif
+#ifdef FASTLM_FLOATS_ELSEWHERE
+#include "cpu/kernels/split_entry.inl"
+#endif

@@ -12,6 +12,25 @@
 #include "cpu/simd/vec.h"
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
+// A float as products of BFloat16 take it: the sum of three, which lie in groups of kSplitColumns, part by part
+// (split.inl). Pointers are to whole groups.
+struct SplitFloat {
+  BFloat16 parts[3];
+};
+constexpr int64_t kSplitColumns = 32;
+// Columns of a panel of them lie in pairs of tiles, this far apart.
+constexpr int64_t kPairColumns = 32;
+inline int64_t pair_step(int64_t depth) {
+  return (depth + kSplitColumns - 1) / kSplitColumns * kSplitColumns * kPairColumns;
+}
+}  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE
+
+template <>
+struct fastlm::ComputeOf<fastlm::cpu::FASTLM_ISA_NAMESPACE::SplitFloat> {
+  using type = float;
+};
+
+namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
 constexpr int kTileRows = 6;
 constexpr int kTileVecs = FASTLM_VECTOR_BYTES == 64 ? 4 : 2;  // 24 of 32, or 12 of 16 registers accumulate
@@ -38,7 +57,8 @@ constexpr int64_t lanes_up(int64_t n) {
 // The depth that a panel of P is stored with: of BFloat16 in pairs.
 template <class P>
 constexpr int64_t panel_depth(int64_t depth) {
-  return std::is_same_v<P, BFloat16> ? (depth + 1) / 2 * 2 : depth;
+  constexpr int64_t together = std::is_same_v<P, BFloat16> ? 2 : std::is_same_v<P, SplitFloat> ? kSplitColumns : 1;
+  return (depth + together - 1) / together * together;
 }
 
 enum class Init { kZero, kBias, kAccumulate };

@@ -13,19 +13,20 @@ namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 constexpr int kTileSide = 16;              // rows of a tile; pairs or floats in a row of it
 constexpr int kTilesRows = 2 * kTileSide;  // of A, worked on at once
 
-// The memory operand of LDTILECFG: tiles 0 to 3 are sums, 4 and 5 rows of A, 6 and 7 columns of B.
+// The memory operand of LDTILECFG: tiles 0 to 3 are sums, 4 and 5 rows of A, 6 and 7 columns of B; `low`, for one tile
+// of rows: 6 is A's, too.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 
   // For `m` rows of A, at most two tiles, and `pairs` along the depth.
-  static TileConfig of(int64_t m, int64_t pairs) {
+  static TileConfig of(int64_t m, int64_t pairs, bool low) {
     TileConfig config;
-    const int64_t heights[2] = {std::min<int64_t>(m, kTileSide), std::max<int64_t>(m - kTileSide, 0)};
+    const int64_t heights[2] = {std::min<int64_t>(m, kTileSide), low ? m : std::max<int64_t>(m - kTileSide, 0)};
     for (int i = 0; i < 8; ++i) {
-      const bool sums = i < 4, b = i >= 6;
-      const int64_t height = sums ? heights[i / 2] : b ? pairs : heights[i - 4];
+      const bool sums = i < 4, b = i >= (low ? 7 : 6);
+      const int64_t height = b ? pairs : sums ? heights[i / 2] : heights[i % 2];
       config.rows[i] = static_cast<uint8_t>(height);
       config.row_bytes[i] = static_cast<uint16_t>(height == 0 ? 0 : 4 * (sums || b ? kTileSide : pairs));
     }
@@ -85,14 +86,20 @@ void tile_dot() {
     return value;
   };
   const TileConfig& config = emulated_tiles.config;
-  for (int r = 0; r < config.rows[C]; ++r)
+  // As the instruction does it: the first and the second products of all pairs each to a sum, then both to C.
+  for (int r = 0; r < config.rows[C]; ++r) {
+    float first[kTileSide] = {}, second[kTileSide] = {};
     for (int k = 0; k < config.row_bytes[A] / 4; ++k)
-      for (int n = 0; n < config.row_bytes[C] / 4; ++n) {
+      for (int n = 0; n < kTileSide; ++n) {
         const uint32_t a = emulated_tiles.words[A][r][k], b = emulated_tiles.words[B][k][n];
-        const float sum = as_float(emulated_tiles.words[C][r][n]) + as_float(a << 16) * as_float(b << 16) +
-                          as_float(a & 0xffff0000) * as_float(b & 0xffff0000);
-        memcpy(&emulated_tiles.words[C][r][n], &sum, sizeof(sum));
+        first[n] += as_float(a << 16) * as_float(b << 16);
+        second[n] += as_float(a & 0xffff0000) * as_float(b & 0xffff0000);
       }
+    for (int n = 0; n < config.row_bytes[C] / 4; ++n) {
+      const float sum = as_float(emulated_tiles.words[C][r][n]) + (first[n] + second[n]);
+      memcpy(&emulated_tiles.words[C][r][n], &sum, sizeof(sum));
+    }
+  }
 }
 #endif
 
@@ -104,22 +111,35 @@ class TileRegisters {
   ~TileRegisters() { release_tiles(); }
   TileRegisters(const TileRegisters&) = delete;
 
-  static void configure(int64_t rows, int64_t pairs) {
+  static void configure(int64_t rows, int64_t pairs, bool low = false) {
     Shape& now = shape();
-    if (now.rows == rows && now.pairs == pairs) return;
-    now = {rows, pairs};
-    load_config(TileConfig::of(rows, pairs));
+    if (now.rows == rows && now.pairs == pairs && now.low == low) return;
+    now = {rows, pairs, low};
+    load_config(TileConfig::of(rows, pairs, low));
   }
 
  private:
   struct Shape {
     int64_t rows = 0, pairs = 0;
+    bool low = false;
   };
   static Shape& shape() {
     static thread_local Shape shape;
     return shape;
   }
 };
+
+template <int I>
+using Constant = std::integral_constant<int, I>;
+// body(i) for i = 0, ..., N - 1, each a constant, as the tiles' numbers must be.
+template <class Body, int... I>
+FASTLM_INLINE void each_constant_of(std::integer_sequence<int, I...>, const Body& body) {
+  (body(Constant<I>{}), ...);
+}
+template <int N, class Body>
+FASTLM_INLINE void each_constant(const Body& body) {
+  each_constant_of(std::make_integer_sequence<int, N>{}, body);
+}
 
 struct TileProduct {
   const BFloat16 *a, *b;
