@@ -81,8 +81,11 @@ struct Splits {
     Splits splits{};
     splits.state = many || (p.batch >= kTileSide && full && state_bytes <= l2_bytes());
     const int64_t units = splits.state ? (many ? 64 : 128) : 192;
-    const bool pays = backward ? p.hidden >= std::max<int64_t>(96, units)
-                               : p.hidden >= units && (splits.state || p.input_size >= kInputAtLeast);
+    // The input's weights come again for every chunk of steps, from L3 where they are many.
+    const int64_t input_bytes = gates * p.hidden * p.input_size * static_cast<int64_t>(sizeof(SplitFloat));
+    const bool input_pays = p.input_size >= kInputAtLeast && input_bytes <= 4 * l2_bytes();
+    const bool pays =
+        backward ? p.hidden >= std::max<int64_t>(96, units) : p.hidden >= units && (splits.state || input_pays);
     splits.any = !plan.direct && pays && p.batch > 0 && StepRows(p).all() >= kRowsAtLeast;
     return splits;
   }
