@@ -376,10 +376,11 @@ void same_on_every_pool(const std::string& what, const Run& run) {
 
 template <class S>
 void run_recurrent() {
-  // One row and few, many rows, odd sizes, units shared in groups, time and weight gradients in several chunks.
-  const Shape shapes[] = {{1, 1, 3, 17},   {1, 6, 40, 24},   {1, 30, 33, 100}, {1, 60, 5, 64},
-                          {9, 1, 70, 256}, {5, 0, 3, 4},     {7, 2, 1, 1},     {6, 13, 9, 31},
-                          {20, 40, 9, 64}, {4, 24, 16, 272}, {90, 7, 5, 33}};
+  // One row and few, many rows, odd sizes, units shared in groups, time and weight gradients in several chunks; last,
+  // floats that are split wherever they meet weights, and where they meet those of the input.
+  const Shape shapes[] = {{1, 1, 3, 17},  {1, 6, 40, 24},    {1, 30, 33, 100}, {1, 60, 5, 64},  {9, 1, 70, 256},
+                          {5, 0, 3, 4},   {7, 2, 1, 1},      {6, 13, 9, 31},   {20, 40, 9, 64}, {4, 24, 16, 272},
+                          {90, 7, 5, 33}, {10, 37, 70, 100}, {30, 9, 130, 200}};
   int form = 0;  // in turn: over all shapes each meets every option
   for (const auto& s : shapes)
     for (int i = 0; i < 8; ++i, ++form)
@@ -399,7 +400,7 @@ void run_attention() {
   // Single queries, few and many; keys in several chunks and parts; odd widths and none; shared keys.
   const AttentionSizes sizes[] = {{1, 2, 2, 1, 5, 8, 8},      {2, 4, 1, 2, 700, 17, 3},  {1, 3, 3, 40, 33, 64, 64},
                                   {2, 2, 1, 70, 300, 33, 16}, {1, 1, 1, 30, 1100, 8, 9}, {3, 2, 2, 13, 1, 1, 80},
-                                  {2, 2, 1, 8, 20, 0, 5},     {2, 2, 1, 3, 20, 5, 0}};
+                                  {2, 2, 1, 8, 20, 0, 5},     {2, 2, 1, 3, 20, 5, 0},    {1, 2, 1, 200, 210, 65, 50}};
   for (const auto& s : sizes)
     for (int options = 0; options < kAttentionOptions; ++options)
       same_on_every_pool("attention Tq " + std::to_string(s.q_len) + " options " + std::to_string(options),
@@ -408,8 +409,8 @@ void run_attention() {
 
 // What language models have besides: rows in several blocks or items, words in several blocks of several parts, one
 // word.
-constexpr OutputSizes kOutputs[] = {{1, 1, 1}, {5, 33, 17},   {300, 70, 9},  {900, 40, 9},  {40, 3500, 33},
-                                    {0, 4, 3}, {7, 130, 300}, {300, 600, 9}, {300, 100, 64}};
+constexpr OutputSizes kOutputs[] = {{1, 1, 1}, {5, 33, 17},   {300, 70, 9},  {900, 40, 9},   {40, 3500, 33},
+                                    {0, 4, 3}, {7, 130, 300}, {300, 600, 9}, {300, 100, 64}, {200, 700, 100}};
 
 template <class S>
 void run_models() {
@@ -431,8 +432,9 @@ void run_plain() {
     same_on_every_pool("T 200", [](const Pool& pool) {
       return recurrent<T>(true, {200, 8, 2, 410}, Form::kWhole, false, true, pool);
     });
-  const int64_t products[][3] = {{1, 700, 300}, {9, 50, 17},   {33, 65, 700},  {5, 3, 2000}, {256, 100, 1},
-                                 {130, 96, 70}, {900, 16, 64}, {64, 48, 2300}, {0, 3, 4},    {3, 4, 0}};
+  const int64_t products[][3] = {{1, 700, 300},  {9, 50, 17},   {33, 65, 700}, {5, 3, 2000},
+                                 {256, 100, 1},  {130, 96, 70}, {900, 16, 64}, {64, 48, 2300},
+                                 {400, 70, 100}, {0, 3, 4},     {3, 4, 0}};
   for (const auto& [m, n, k] : products)
     for (int i = 0; i < 4; ++i)
       same_on_every_pool(
