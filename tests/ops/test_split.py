@@ -10,7 +10,6 @@ import fastlm
 from fastlm import _native
 from tests import attention
 from tests.numerics import (
-    Recurrent,
     check_all,
     check_case,
     forward_backward,
@@ -21,6 +20,7 @@ from tests.numerics import (
     with_sequences,
 )
 from tests.ops import test_cross_entropy as cross_entropy
+from tests.ops.test_special_values import spoil
 
 KINDS = ("gru", "lstm")
 # (T, B, I, H): recurrent weights that are split, near and far, or not; odd sizes, ends of groups and of tiles.
@@ -109,6 +109,15 @@ def test_products_of_integers_are_exact(isa: str) -> None:
     )
 
 
+@pytest.mark.parametrize("size", [2.0**57, 2.0**70, 1e25], ids=str)
+def test_products_that_overflow(isa: str, size: float) -> None:
+    """Finite numbers whose products are not: infinite with the sign that they have in floats, and no NaN."""
+    a, b = torch.rand(330, 96) + 1, torch.rand(96, 70) + 1
+    runs = [torch.ops.fastlm.gemm(x, y, False, False) for x, y in ((a * size, b * size), (-a * size, b * size))]
+    for got, expected in zip(runs, ((a * size) @ (b * size), (-a * size) @ (b * size)), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+
+
 @kinds
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_give_the_same_bits(isa: str, kind: str, threads: int) -> None:
@@ -121,26 +130,16 @@ def test_threads_give_the_same_bits(isa: str, kind: str, threads: int) -> None:
         assert all(torch.equal(got[name], value) for name, value in expected.items()), shape
 
 
-def spoilt(case: Recurrent, name: str, value: float) -> Recurrent:
-    def change(key: str, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.clone()
-        if key == name:
-            tensor.view(-1)[tensor.numel() // 3] = value
-        return tensor
-
-    return case.map(change)
-
-
 @kinds
 @pytest.mark.parametrize("name", ["x", "h0", "w_ih", "w_hh"])
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")], ids=str)
 def test_values_that_are_not_finite(kind: str, name: str, value: float) -> None:
     for shape in ((12, 33, 40, 100), (40, 8, 130, 200)):
-        check_recurrent(spoilt(make_recurrent(kind, *shape), name, value))
+        check_recurrent(spoil(make_recurrent(kind, *shape), name, value))
 
 
 def test_infinity_is_left_to_floats(pair: tuple[str, str]) -> None:
-    case = spoilt(make_recurrent("gru", 12, 33, 40, 100), "x", float("inf"))
+    case = spoil(make_recurrent("gru", 12, 33, 40, 100), "x", float("inf"))
     split, plain = in_both(pair, lambda: run_fastlm(case))
     assert torch.equal(split["output"], plain["output"])
 

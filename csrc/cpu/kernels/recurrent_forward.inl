@@ -27,17 +27,19 @@ using OperandFor = std::conditional_t<kSplit<Operand<S>> && !kSplit<P>, Compute<
 template <class S, class P, class Q = P>
 struct ForwardBuffers {
   using T = Compute<S>;
-  using X = OperandFor<S, P>;                                           // what products take of x
-  using E = OperandFor<S, Q>;                                           // and of h
-  static constexpr bool kNumbers = std::is_same_v<S, T> && !kSplit<X>;  // of one type, in tensors and products
-  P* panels_ih;                                                         // [block][gate][I][kCols]
-  Q* panels_hh;                                                         // [block][gate][H][kCols]
-  T* bias;                                                              // [block][slot][kCols]: what a slot starts from
-  E* h[2];                                                              // (B, padded H): state before and after a step
-  T* c;                                                                 // (B, padded H)
-  X* x;         // [row of the chunk][I, in whole pairs], where rows of the input are copied
-  T* gates[2];  // [block][row of the chunk][slot][kCols]; two, of chunks in turn, where units are shared
-  P* late;      // per member: max(I, H) x kCols, a panel packed when it is wanted, where S is not T
+  using X = OperandFor<S, P>;  // what products take of x
+  using E = OperandFor<S, Q>;  // and of h
+  // Whether tensors and products hold numbers of one type.
+  static constexpr bool kNumbers = std::is_same_v<S, T> && !kSplit<X>;
+
+  P* panels_ih;  // [block][gate][I][kCols]
+  Q* panels_hh;  // [block][gate][H][kCols]
+  T* bias;       // [block][slot][kCols]: what a slot starts from
+  E* h[2];       // (B, padded H): state before and after a step
+  T* c;          // (B, padded H)
+  X* x;          // [row of the chunk][I, in whole pairs], where rows of the input are copied
+  T* gates[2];   // [block][row of the chunk][slot][kCols]; two, of chunks in turn, where units are shared
+  P* late;       // per member: max(I, H) x kCols, a panel packed when it is wanted, where S is not T
   T *turned_x, *turned_h, *sums;  // per member, of a single step's rows: RowGroups of x and h, their product's sums
 
   template <class Cell>

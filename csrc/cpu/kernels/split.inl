@@ -4,8 +4,9 @@
 // parts the six that reach 2^-24 of the first are made and summed in float. Tile registers do that more than twice as
 // fast as the processor multiplies floats.
 //
-// What no part can hold (infinities, the largest floats) is noticed while it is split, and the whole operation is then
-// made again in floats. Of numbers below 2^-110 the last parts become zero.
+// Infinities have no parts, and products that overflow would be infinite with both signs where their sum is not NaN in
+// floats: numbers from 2^58 on are noticed while they are split, and the whole operation is then made again in floats.
+// Of numbers below 2^-110 the last parts become zero.
 #pragma once
 
 #include "cpu/kernels/operands.inl"
@@ -16,12 +17,12 @@ constexpr int kParts = 3;
 constexpr int64_t kPartsElements = kParts * kSplitColumns;          // of BFloat16, in a group of columns
 constexpr int64_t kSplitTile = int64_t{kTileSide} * kSplitColumns;  // SplitFloats of a tile of a panel
 
-// Whether a thread met a number without parts since it asked last. NaN has parts.
+// Whether a thread met a number too large to be split since it asked last. NaN is not.
 class SplitRange {
  public:
   static void start() { most() = Vec<float>::zero(); }
   static void see(Vec<float> absolute) { most() = larger(absolute, most()); }
-  static bool exceeded() { return largest(most()) >= 0x1p127f; }
+  static bool exceeded() { return largest(most()) >= 0x1p58f; }
   // The larger of |x| and what was seen before, which NaN leaves as it is.
   static FASTLM_INLINE Vec<float> larger(Vec<float> x, Vec<float> before) {
     return at_least(Vec<float>{(Vec<float>::Raw)((FloatBits)x.raw & 0x7fffffff)}, before);

@@ -24,8 +24,8 @@ struct SplitGemmBuffers {
   }
 };
 
-// Columns [begin, begin + rows) of A as stored (K, M) as rows of operands. Some columns of a group of k at once: every
-// line of them is touched once.
+// Columns of A as stored (K, M) as rows of operands. Sixteen columns of a group of k at once: every line of them is
+// touched once.
 inline void split_columns(const float* a, int64_t stride, int64_t depth, int64_t rows, SplitFloat* to,
                           int64_t to_stride) {
   constexpr int64_t kSide = 16;
