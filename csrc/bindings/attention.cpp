@@ -249,6 +249,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     p.grad_q = call.dims.view<S>(grad_q), p.grad_k = call.dims.view<S>(grad_k), p.grad_v = call.dims.view<S>(grad_v);
     const int64_t full[] = {p.batch, call.q_heads, call.q_len, call.k_len};
     if (need_bias) p.grad_bias = mask_view<T>(grad_bias, "grad_bias", compute, full);
+    p.grad_bias_numbers = grad_bias.numel();
     cpu::attention_backward(p, max_threads(), parallel_for);
   });
   return {grad_q, grad_k, grad_v, grad_bias};

@@ -138,6 +138,7 @@ struct AttentionBackwardParams : AttentionParams<S> {
   Heads<const T> lse, grad_lse;  // grad_lse.data may be null: zeros
   Heads<S> grad_q, grad_k, grad_v;
   AttentionMask<T> grad_bias;  // or null: not needed; zeros beforehand, summed over what the bias broadcasts along
+  int64_t grad_bias_numbers;   // of it, dense
 };
 
 // GELU by tanh over n values; backward where grad_output is given.

@@ -165,28 +165,78 @@ def test_cross_entropy_is_split(pair: tuple[str, str]) -> None:
     assert not torch.equal(split["grad_weight"], plain["grad_weight"])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"q_len": 200, "dim": 64},
-        {"q_len": 200, "dim": 72, "k_len": 230, "v_dim": 50},
-        {"q_len": 200, "dim": 64, "mask": "float"},
-        {"q_len": 200, "dim": 64, "kv_lengths": [77, 200]},
-        {"q_len": 530, "dim": 48, "causal": "upper_left", "batch": 1},
-        {"q_len": 520, "dim": 50, "window": (70, 33), "batch": 1},
-        {"q_len": 600, "dim": 49, "k_len": 513, "causal": "lower_right", "kv_heads": 1, "batch": 1},
-        {"q_len": 200, "dim": 64, "dropout_p": 0.3},
-    ],
-    ids=str,
-)
+# Ends of tiles, groups, blocks and spans of queries; parts of the keys; blocks that see nothing.
+ATTENTION = [
+    {"q_len": 130, "dim": 64},
+    {"q_len": 150, "dim": 72, "k_len": 170, "v_dim": 50, "kv_heads": 1},
+    {"q_len": 140, "dim": 25, "v_dim": 31, "mask": "float"},
+    {"q_len": 140, "dim": 24, "mask": "float", "mask_shape": (1, 1, 1, 140), "softcap": 2.0},
+    {"q_len": 150, "dim": 64, "kv_lengths": [77, 150]},
+    {"q_len": 330, "dim": 48, "causal": "upper_left", "batch": 1, "slopes": "heads"},
+    {"q_len": 300, "dim": 50, "window": (70, 33), "batch": 1},
+    {"q_len": 400, "dim": 24, "k_len": 313, "causal": "lower_right", "kv_heads": 1, "batch": 1},
+    {"q_len": 300, "dim": 130, "k_len": 128, "batch": 1, "q_heads": 1, "sinks": True},
+    {"q_len": 128, "dim": 24, "k_len": 1100, "batch": 1, "q_heads": 1},
+    {"q_len": 150, "dim": 64, "dropout_p": 0.3},
+]
+
+
+@pytest.mark.parametrize("options", ATTENTION, ids=str)
 def test_attention(options: dict) -> None:
     check_attention(attention.make_attention(**options))
 
 
+def test_attention_of_packed_sequences() -> None:
+    check_attention(attention.make_varlen([140, 3, 0, 129], [130, 20, 7, 200], dim=40, kv_heads=1, past=5))
+
+
+def test_attention_with_blocks_that_see_nothing() -> None:
+    case = attention.make_attention(1, 1, 300, 32)
+    block = torch.arange(300) // 40
+    check_attention(replace(case, mask=(block[:, None] % 3 == block % 3)[None, None]))
+
+
 def test_attention_is_split(pair: tuple[str, str]) -> None:
-    case = attention.make_attention(q_len=200, dim=64)
-    split, plain = in_both(pair, lambda: attention.run_fastlm(case))
-    assert not torch.equal(split["output"], plain["output"])
+    for options in ATTENTION:
+        case = attention.make_attention(**options)
+        split, plain = in_both(pair, lambda: forward_backward(attention.run_fastlm, case))  # noqa: B023
+        for name in ("output", "grad_q", "grad_k", "grad_v"):
+            assert not torch.equal(split[name].nan_to_num(), plain[name].nan_to_num()), (name, options)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_attention_gives_the_same_bits(isa: str, threads: int) -> None:
+    for options in ATTENTION:
+        case = attention.make_attention(**options)
+        expected = forward_backward(attention.run_fastlm, case)
+        torch.set_num_threads(threads)
+        got = forward_backward(attention.run_fastlm, case)
+        torch.set_num_threads(1)
+        for name, value in expected.items():
+            assert torch.equal(got[name].nan_to_num(), value.nan_to_num()), (name, options)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "mask"])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")], ids=str)
+def test_attention_of_values_that_are_not_finite(pair: tuple[str, str], name: str, value: float) -> None:
+    case = spoil(attention.make_attention(1, 2, 130, 24, mask="float"), name, value)
+    split, plain = in_both(pair, lambda: forward_backward(attention.run_fastlm, case))
+    for key, expected in plain.items():
+        torch.testing.assert_close(split[key], expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [2.0**60, float("inf")], ids=str)
+def test_gradients_of_attention_are_left_to_floats(pair: tuple[str, str], size: float) -> None:
+    """Where one is too large to be split, those of the mask, which are added up, as well."""
+    case = attention.make_attention(1, 2, 130, 24, mask="float", mask_shape=(1, 1, 1, 130), requires_grad=True)
+    grad = torch.randn(1, 2, 130, 24)
+    grad[0, 1, 70, 3] = size
+    _native.module.set_cpu_isa(pair[1])  # of one forward pass
+    output = attention.run_fastlm(case)["output"]
+    tensors = list(case.tensors().values())
+    split, plain = in_both(pair, lambda: torch.autograd.grad(output, tensors, grad, retain_graph=True))
+    for ours, theirs in zip(split, plain, strict=True):
+        assert torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0))
 
 
 def test_forcing_another_set_of_instructions_changes_no_more_than_rounding(pair: tuple[str, str]) -> None:

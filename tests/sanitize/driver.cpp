@@ -283,6 +283,7 @@ Bytes attention(const AttentionSizes& s, int options, const Pool& pool) {
   b.grad_k = heads(grad_k.data(), s.kv_heads, s.k_len, s.dim);
   b.grad_v = heads(grad_v.data(), s.kv_heads, s.k_len, s.v_dim);
   if (b.bias.data) b.grad_bias = {grad_bias.data(), 0, s.q_len * s.k_len, s.k_len, 1};
+  b.grad_bias_numbers = b.bias.data ? static_cast<int64_t>(grad_bias.size()) : 0;
   cpu::attention_backward(b, pool.threads, pool.run);
   Bytes results;
   for (const auto& values : {output, grad_q, grad_k, grad_v, weights[0], weights[1]}) add(results, values);
@@ -400,7 +401,7 @@ void run_attention() {
   // Single queries, few and many; keys in several chunks and parts; odd widths and none; shared keys.
   const AttentionSizes sizes[] = {{1, 2, 2, 1, 5, 8, 8},      {2, 4, 1, 2, 700, 17, 3},  {1, 3, 3, 40, 33, 64, 64},
                                   {2, 2, 1, 70, 300, 33, 16}, {1, 1, 1, 30, 1100, 8, 9}, {3, 2, 2, 13, 1, 1, 80},
-                                  {2, 2, 1, 8, 20, 0, 5},     {2, 2, 1, 3, 20, 5, 0},    {1, 2, 1, 200, 210, 65, 50}};
+                                  {2, 2, 1, 8, 20, 0, 5},     {2, 2, 1, 3, 20, 5, 0},    {1, 2, 1, 270, 290, 33, 24}};
   for (const auto& s : sizes)
     for (int options = 0; options < kAttentionOptions; ++options)
       same_on_every_pool("attention Tq " + std::to_string(s.q_len) + " options " + std::to_string(options),

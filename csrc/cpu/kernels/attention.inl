@@ -57,7 +57,8 @@ void attend(const AttentionForwardParams<S>& p, const AttentionPlan& plan, Paral
 }
 
 template <class S>
-void attention_backward(const AttentionBackwardParams<S>& p, const AttentionPlan& plan, ParallelFor parallel_for) {
+void attend_backward(const AttentionBackwardParams<S>& p, const AttentionPlan& plan, ParallelFor parallel_for,
+                     std::atomic<bool>* beyond) {
   using Pass = AttentionBackward<S>;
   Workspace workspace;
   const auto take = [&](int member) {
@@ -73,6 +74,7 @@ void attention_backward(const AttentionBackwardParams<S>& p, const AttentionPlan
   run_team(parallel_for, plan.threads, plan.work_ns, [&](const Team& team) {
     const FlushSubnormals flushing;
     const TileRegisters in_use;
+    const RangeWatch<Operand<S>> watch(beyond);
     Pass pass(p, plan, buffers[team.rank]);
     share_all(team, static_cast<int64_t>(plan.items.size()), [&](int64_t i) { pass.run(plan.items[i]); });
     if (plan.parts == 1) return;
@@ -85,25 +87,35 @@ template <class S>
 void attention_forward(const AttentionForwardParams<S>& p, const AttentionPlan& plan, ParallelFor parallel_for) {
   plan.decode ? decode(p, plan, parallel_for) : attend(p, plan, parallel_for, nullptr);
 }
+template <class S>
+void attention_backward(const AttentionBackwardParams<S>& p, const AttentionPlan& plan, ParallelFor parallel_for) {
+  attend_backward(p, plan, parallel_for, nullptr);
+}
 
 #ifdef FASTLM_FLOATS_ELSEWHERE
-// Of floats that are split, where there are enough products to each.
-inline void split_attention_forward(const AttentionForwardParams<float>& p, const AttentionPlan& plan,
-                                    ParallelFor parallel_for) {
-  constexpr int64_t kDimAtLeast = 48, kLengthAtLeast = 192, kLengthAtLeastOfPart = 512;
+// Whether floats are split: where there are enough products to each.
+inline bool splits(const AttentionParams<float>& p) {
+  constexpr int64_t kDimAtLeast = 24, kLengthAtLeast = 128, kLengthAtLeastOfPart = 256;
   const int64_t length = std::min(p.q_len, p.k_len);
   const auto reaches = [&](int64_t side) { return side < 0 || side >= length; };
   const bool all = reaches(p.left) && reaches(p.right);  // whether queries see all keys, the mask apart
-  std::atomic<bool> beyond{plan.decode || p.weights || std::min(p.dim, p.v_dim) < kDimAtLeast ||
-                           length < (all ? kLengthAtLeast : kLengthAtLeastOfPart)};
+  return std::min(p.dim, p.v_dim) >= kDimAtLeast && length >= (all ? kLengthAtLeast : kLengthAtLeastOfPart);
+}
+inline void split_attention_forward(const AttentionForwardParams<float>& p, const AttentionPlan& plan,
+                                    ParallelFor parallel_for) {
+  std::atomic<bool> beyond{plan.decode || p.weights || !splits(p)};
   if (!beyond) attend(p, plan, parallel_for, &beyond);
   if (beyond) FASTLM_FLOATS_ELSEWHERE::kAttentionFloat.forward(p, plan, parallel_for);
 }
-inline void plain_attention_backward(const AttentionBackwardParams<float>& p, const AttentionPlan& plan,
+inline void split_attention_backward(const AttentionBackwardParams<float>& p, const AttentionPlan& plan,
                                      ParallelFor parallel_for) {
-  FASTLM_FLOATS_ELSEWHERE::kAttentionFloat.backward(p, plan, parallel_for);
+  const bool wanted = splits(p);
+  std::atomic<bool> beyond{!wanted};
+  if (wanted) attend_backward(p, plan, parallel_for, &beyond);
+  if (wanted && beyond) std::fill_n(p.grad_bias.data, p.grad_bias_numbers, 0.f);  // it is added to
+  if (beyond) FASTLM_FLOATS_ELSEWHERE::kAttentionFloat.backward(p, plan, parallel_for);
 }
-extern const AttentionKernels<float> kAttentionFloat{split_attention_forward, plain_attention_backward};
+extern const AttentionKernels<float> kAttentionFloat{split_attention_forward, split_attention_backward};
 #endif
 #ifndef FASTLM_BFLOAT16_ONLY
 extern const AttentionKernels<float> kAttentionFloat{attention_forward<float>, attention_backward<float>};

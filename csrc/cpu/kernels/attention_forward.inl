@@ -11,7 +11,10 @@
 
 namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
-constexpr int64_t kChunkKeys = 256;  // whose keys and values stay in L2 while all tiles pass
+// Whose keys and values stay in L2 while all tiles pass; by tile registers products take less, what a row costs a chunk
+// weighs more.
+template <class E>
+constexpr int64_t kChunkKeys = kOperandRows<E> > kTileRows ? 512 : 256;
 
 template <class S>
 class AttentionForward {
@@ -73,16 +76,17 @@ class AttentionForward {
 
  private:
   static int64_t chunk_keys(const AttentionForwardParams<S>& p) {
-    return p.weights ? (p.k_len / kCols<T> + 1) * kCols<T> : kChunkKeys;
+    const int64_t all = std::max<int64_t>(1, (p.k_len + kCols<T> - 1) / kCols<T>) * kCols<T>;
+    return p.weights ? all : std::min(all, kChunkKeys<E>);
   }
   // Of values as operands: in rows, or in panels of pairs of tiles, one after another.
   static int64_t values_width(const AttentionForwardParams<S>& p) {
     return kSplit<E> ? panel_depth<E>(p.v_dim) : row_stride<T>(p.v_dim);
   }
-  // The first of the keys to be packed, with what must come before them.
-  static int64_t first_packed(int64_t key) {
-    return kSplit<E> ? key / kSplitColumns * kSplitColumns : lanes_down<T>(key);
-  }
+  // Weights are made in runs of so many vectors, as their operands lie.
+  static constexpr int kRun = kSplit<E> ? kSplitColumns / V::kLanes : 1;
+  static int64_t run_down(int64_t key) { return key / (kRun * V::kLanes) * (kRun * V::kLanes); }
+  static int64_t run_up(int64_t key) { return run_down(key + kRun * V::kLanes - 1); }
   void kv_head() {
     start();
     const int64_t last = reach().end;
@@ -135,7 +139,7 @@ class AttentionForward {
   }
 
   void pack(int64_t first, Keys keys) {
-    const int64_t begin = first_packed(keys.begin), row = sequence_.k_begin + first;
+    const int64_t begin = run_down(keys.begin), row = sequence_.k_begin + first;
     pack_keys(p_.k.row(item_.b, item_.kv_head, row), p_.k.time, keys.begin, keys.end, p_.dim, buffers_.key_panels);
     panel_width_ = panel_width<T>(keys.end);
     const S* values = p_.v.row(item_.b, item_.kv_head, row + begin);
@@ -171,7 +175,7 @@ class AttentionForward {
   void attend_split(const HeadScores<S>& rule, int64_t g, Team::Range tile, int64_t first, Seen seen) {
     const Keys keys = seen.keys;
     const int64_t rows = tile.end - tile.begin, place = g * queries_ + tile.begin;
-    const int64_t begin = first_packed(keys.begin), end = lanes_up<T>(keys.end);
+    const int64_t begin = run_down(keys.begin), end = lanes_up<T>(keys.end);
     T* s = buffers_.scores;
     for (int64_t n = keys.begin / kCols<T> * kCols<T>; n < end; n += kCols<T>)
       split_tiles(rows, std::min(kCols<T>, end - n),
@@ -188,7 +192,7 @@ class AttentionForward {
   // Scores of a tile become weights, zero where nothing is seen, and the sums so far are made to match.
   const E* weigh(const HeadScores<S>& rule, int64_t g, Team::Range tile, int64_t first, Seen seen) {
     const auto [keys, masked] = seen;
-    const int64_t begin = first_packed(keys.begin), end = kSplit<E> ? panel_depth<E>(keys.end) : lanes_up<T>(keys.end);
+    const int64_t begin = run_down(keys.begin), end = run_up(keys.end);
     E* weights;
     if constexpr (kApart<E>)
       weights = buffers_.weights;
@@ -203,8 +207,8 @@ class AttentionForward {
         clear_columns(to, begin, end);
         continue;
       }
-      clear_columns(to, begin, lanes_down<T>(here.begin));
-      clear_columns(to, lanes_up<T>(here.end), end);
+      clear_columns(to, begin, run_down(here.begin));
+      clear_columns(to, run_up(here.end), end);
       if (!rule.plain(masked)) rule.transform(query, first, here, masked, row, nullptr);
       const T factor = add(buffers_.softmax[place], row, here, rule.factor(), g, query, first, to);
       if (factor != T(1)) scale_row(buffers_.sums + place * v_stride_, factor);
@@ -227,9 +231,10 @@ class AttentionForward {
   // Weights of the scores of one row, as the products with the values take them.
   T add(Softmax<T>& softmax, T* row, Keys keys, T factor, int64_t g, int64_t query, int64_t first, E* to) {
     if (!dropout_.active())
-      return softmax.add(row, keys, factor, [&](const auto& e, int64_t i) FASTLM_LAMBDA_INLINE { keep(e, to, i); });
-    dropout_.factors(lse_place(query, g), first, lanes_down<T>(keys.begin), lanes_up<T>(keys.end), buffers_.factors);
-    return softmax.add(row, keys, factor, [&](const auto& e, int64_t i) FASTLM_LAMBDA_INLINE {
+      return softmax.template add<kRun>(row, keys, factor,
+                                        [&](const auto& e, int64_t i) FASTLM_LAMBDA_INLINE { keep(e, to, i); });
+    dropout_.factors(lse_place(query, g), first, run_down(keys.begin), run_up(keys.end), buffers_.factors);
+    return softmax.template add<kRun>(row, keys, factor, [&](const auto& e, int64_t i) FASTLM_LAMBDA_INLINE {
       keep(e * std::decay_t<decltype(e)>::load(buffers_.factors + i), to, i);
     });
   }

@@ -26,14 +26,15 @@ struct Seen {
   bool masked;
 };
 
-// Runs body(V, i) for vectors of T from begin to end, several at a time where there are enough.
-template <class T, class Body>
+// Runs body(V, i) for vectors of T from begin to end, several at a time where there are enough; never fewer than
+// kLeast.
+template <class T, int kLeast = 1, class Body>
 FASTLM_INLINE void for_vectors(int64_t begin, int64_t end, const Body& body) {
-  using V = Vec<T>;
+  using Few = std::conditional_t<kLeast == 1, Vec<T>, Pack<T, kLeast>>;
   using Four = Pack<T, 4>;
   int64_t i = begin;
   for (; i + Four::kLanes <= end; i += Four::kLanes) body(Four{}, i);
-  for (; i < end; i += V::kLanes) body(V{}, i);
+  for (; i < end; i += Few::kLanes) body(Few{}, i);
 }
 
 // row[i] becomes `value` for those i in [begin, end), whole vectors, that are not in `own`. Vectors are written whole:
@@ -233,20 +234,21 @@ struct Softmax {
 
   static Softmax start() { return {-std::numeric_limits<T>::infinity(), T(0)}; }
 
-  // Takes in s[i] for i in `own`, which is not empty; write(e, i) gets the whole vectors and packs that hold `own`,
-  // e = 2^(factor (s[i] - max)), 0 outside of it. Returns what the sums so far are to be multiplied with.
-  template <class Write>
+  // Takes in s[i] for i in `own`, which is not empty; write(e, i) gets the packs and the runs of kLeast vectors that
+  // hold `own`, e = 2^(factor (s[i] - max)), 0 outside of it. Returns what the sums so far are to be multiplied with.
+  template <int kLeast = 1, class Write>
   T add(T* s, Keys own, T factor, const Write& write) {
     using V = Vec<T>;
     constexpr T kOut = -std::numeric_limits<T>::infinity();
-    const int64_t from = lanes_down<T>(own.begin), to = lanes_up<T>(own.end);
+    constexpr int64_t kRun = kLeast * V::kLanes;
+    const int64_t from = own.begin / kRun * kRun, to = (own.end + kRun - 1) / kRun * kRun;
     fill_outside(s, from, to, own, kOut);
     const T here = top(s, from, to), before = max;
     if (!(here <= max)) max = here;  // NaN too
     const T highest = max == kOut ? T(0) : max;
     const bool small = is_small(highest, factor);
     V sums[2] = {V::zero(), V::zero()};
-    for_vectors<T>(from, to, [&](auto kind, int64_t at) FASTLM_LAMBDA_INLINE {
+    for_vectors<T, kLeast>(from, to, [&](auto kind, int64_t at) FASTLM_LAMBDA_INLINE {
       using W = decltype(kind);
       const W e = exponential<W>(s + at, factor, highest, small);
       write(e, at);

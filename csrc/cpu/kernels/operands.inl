@@ -62,7 +62,7 @@ inline int64_t even_up(int64_t n) { return (n + 1) / 2 * 2; }
 
 // Rows are kept dense at a stride of an odd number of cache lines, so that a column of them uses all of the cache.
 template <class E>
-int64_t row_stride(int64_t width) {
+constexpr int64_t row_stride(int64_t width) {
   const int64_t line = kSplit<E> ? kSplitColumns : 64 / static_cast<int64_t>(sizeof(E));
   return ((width + line - 1) / line | 1) * line;
 }

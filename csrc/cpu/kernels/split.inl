@@ -48,58 +48,86 @@ class RangeWatch<SplitFloat> {
   std::atomic<bool>* beyond_;
 };
 
-// Stores the first part of x, returns the rest.
-#ifdef FASTLM_BFLOAT16_INSTRUCTION
-FASTLM_INLINE Vec<float> keep_part(Vec<float> x, BFloat16* to) {
-  const auto lanes = (__m256i)_mm512_cvtneps_pbh(x.raw);
-  memcpy(to, &lanes, sizeof(lanes));
-  return x - Vec<float>{(Vec<float>::Raw)_mm512_slli_epi32(_mm512_cvtepu16_epi32(lanes), 16)};
+// The first part of x, the upper half of each word; x becomes the rest. Rounding by whole numbers leaves NaN in the
+// rest, and after two parts a rest that is one itself.
+FASTLM_INLINE FloatBits take_part(Vec<float>& x) {
+  const FloatBits part = ((FloatBits)x.raw + 0x8000) & 0xffff0000;
+  x = x - Vec<float>{(Vec<float>::Raw)part};
+  return part;
 }
-#else
-FASTLM_INLINE Vec<float> keep_part(Vec<float> x, BFloat16* to) {
-  store_operand(x, to);
-  return x - widen_lanes(to);
-}
-#endif
-FASTLM_INLINE Vec<float> take_part(Vec<float> x, FloatBits& bits) {
-  bits = operand_bits(x);
-  return x - Vec<float>{(Vec<float>::Raw)(bits << 16)};
+FASTLM_INLINE FloatBits last_part(Vec<float> x) { return (FloatBits)x.raw & 0xffff0000; }
+
+// use(part, words) for the parts of two vectors, whose numbers meet in pairs: x's below.
+template <class Use>
+FASTLM_INLINE void split_pairs(Vec<float> x, Vec<float> y, const Use& use) {
+  unrolled<kParts>([&](int part) FASTLM_LAMBDA_INLINE {
+    const bool last = part == kParts - 1;
+    const FloatBits below = last ? last_part(x) : take_part(x), above = last ? last_part(y) : take_part(y);
+    use(part, below >> 16 | above);
+  });
 }
 
-// Where the parts of 16 columns of a row from `column` on begin; they lie kSplitColumns apart.
+// In a row of operands columns come in groups: a word of each part holds column i < 16 and, above, column i + 16.
+constexpr int64_t kHalfGroup = kSplitColumns / 2;
+static_assert(kHalfGroup == Vec<float>::kLanes);
+
+// Where the words of the group of a column begin.
 template <class Parts>
-FASTLM_INLINE auto parts_at(Parts* row, int64_t column) {
+FASTLM_INLINE auto group_of(Parts* row, int64_t column) {
   using To = std::conditional_t<std::is_const_v<Parts>, const BFloat16, BFloat16>;
-  return reinterpret_cast<To*>(row) + column / kSplitColumns * kPartsElements + column % kSplitColumns;
+  return reinterpret_cast<To*>(row) + column / kSplitColumns * kPartsElements;
 }
-FASTLM_INLINE void split_into(Vec<float> x, BFloat16* to) {
-  keep_part(keep_part(keep_part(x, to), to + kSplitColumns), to + 2 * kSplitColumns);
+FASTLM_INLINE void store_group(Vec<float> x, Vec<float> y, BFloat16* group) {
+  split_pairs(x, y, [&](int part, FloatBits words) FASTLM_LAMBDA_INLINE {
+    memcpy(group + part * kSplitColumns, &words, sizeof(words));
+  });
+}
+// Half a group; the other half may be another thread's.
+FASTLM_INLINE void store_half(FloatBits words, bool above, BFloat16* to) {
+#if FASTLM_FMA_BYTES == 64
+  _mm512_mask_storeu_epi16(to, above ? 0xaaaaaaaa : 0x55555555, (__m512i)words);
+#else
+  for (int i = 0; i < kHalfGroup; ++i) {
+    const auto half = static_cast<uint16_t>(above ? words[i] >> 16 : words[i]);
+    memcpy(to + 2 * i + above, &half, sizeof(half));
+  }
+#endif
 }
 
 // Columns [column, column + kLanes) of a row of operands, the first n of x and zeros; and back, exactly.
 template <class V>
 FASTLM_INLINE void store_columns(const V& x, SplitFloat* row, int64_t column, int64_t n) {
-  if constexpr (V::kParts > 1)
-    unrolled<V::kParts>(
-        [&](int i) FASTLM_LAMBDA_INLINE { split_into(x.parts[i], parts_at(row, column + i * Vec<float>::kLanes)); });
-  else
-    split_into(n < V::kLanes ? replace_outside(x, 0, n, 0.f) : x, parts_at(row, column));
-}
-inline void clear_columns(SplitFloat* row, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += Vec<float>::kLanes)
-    for (int part = 0; part < kParts; ++part)
-      std::fill_n(parts_at(row, i) + part * kSplitColumns, Vec<float>::kLanes, BFloat16{});
+  if constexpr (V::kParts > 1) {
+    static_assert(V::kParts % 2 == 0);
+    for (int i = 0; i < V::kParts; i += 2)
+      store_group(x.parts[i], x.parts[i + 1], group_of(row, column + i * kHalfGroup));
+  } else {
+    const V whole = n < V::kLanes ? replace_outside(x, 0, n, 0.f) : x;
+    const bool above = column % kSplitColumns != 0;
+    BFloat16* group = group_of(row, column);
+    split_pairs(whole, whole, [&](int part, FloatBits words) FASTLM_LAMBDA_INLINE {
+      store_half(words, above, group + part * kSplitColumns);
+    });
+  }
 }
 template <class V>
 FASTLM_INLINE V load_columns(const SplitFloat* row, int64_t column) {
-  const auto load = [&](int64_t at) FASTLM_LAMBDA_INLINE {
-    const BFloat16* parts = parts_at(row, at);
-    return widen_lanes(parts) + widen_lanes(parts + kSplitColumns) + widen_lanes(parts + 2 * kSplitColumns);
-  };
-  if constexpr (V::kParts > 1)
-    return V::each([&](int i) FASTLM_LAMBDA_INLINE { return load(column + i * Vec<float>::kLanes); });
-  else
-    return load(column);
+  if constexpr (V::kParts > 1) {
+    return V::each([&](int i)
+                       FASTLM_LAMBDA_INLINE { return load_columns<Vec<float>>(row, column + i * Vec<float>::kLanes); });
+  } else {
+    const BFloat16* group = group_of(row, column);
+    const auto load = [&](int part) FASTLM_LAMBDA_INLINE {
+      FloatBits words;
+      memcpy(&words, group + part * kSplitColumns, sizeof(words));
+      return V{(typename V::Raw)(column % kSplitColumns == 0 ? words << 16 : words & 0xffff0000)};
+    };
+    return load(0) + load(1) + load(2);
+  }
+}
+// Whole groups.
+inline void clear_columns(SplitFloat* row, int64_t begin, int64_t end) {
+  std::fill(row + begin, row + end, SplitFloat{});
 }
 
 // Rows split, in whole groups of columns, filled up with zeros.
@@ -108,10 +136,13 @@ inline void copy_rows(const float* from, int64_t from_stride, int64_t rows, int6
   using V = Vec<float>;
   V most = V::zero();
   for (int64_t r = 0; r < rows; ++r, from += from_stride, to += to_stride)
-    for (int64_t i = 0; i < panel_depth<SplitFloat>(width); i += V::kLanes) {
-      const V x = load_as<V>(from + i, std::max<int64_t>(width - i, 0));
-      most = SplitRange::larger(x, most);
-      split_into(x, parts_at(to, i));
+    for (int64_t i = 0; i < width; i += kSplitColumns) {
+      for (int64_t half = 0; half < kSplitColumns; half += kHalfGroup)
+        __builtin_prefetch(from + kRowsAhead * from_stride + i + half);  // rows may lie far apart
+      const V x = load_as<V>(from + i, width - i);
+      const V y = load_as<V>(from + i + kHalfGroup, std::max<int64_t>(width - i - kHalfGroup, 0));
+      most = SplitRange::larger(x, SplitRange::larger(y, most));
+      store_group(x, y, group_of(to, i));
     }
   SplitRange::see(most);
 }
@@ -124,22 +155,21 @@ inline void pack_part(const float* from, int64_t from_stride, int64_t depth, int
                       int64_t width, int64_t pair_step) {
   using V = Vec<float>;
   V most = V::zero();
-  for (int64_t k = 0; k < panel_depth<SplitFloat>(depth); k += 2, from += 2 * from_stride)
-    for (int64_t n = 0; n < width; n += V::kLanes) {
-      const int64_t place = n / kPairColumns * pair_step + (k / kSplitColumns * 2 + n / kTileSide % 2) * kSplitTile;
-      auto* to = reinterpret_cast<BFloat16*>(panel + place) + k % kSplitColumns * kTileSide;
-      V rest[2];
-      for (int i = 0; i < 2; ++i) {
-        rest[i] = k + i < depth ? load_as<V>(from + i * from_stride + n, std::max<int64_t>(cols - n, 0)) : V::zero();
-        most = SplitRange::larger(rest[i], most);
+  for (int64_t k = 0; k < depth; k += kSplitColumns)
+    for (int64_t i = k; i < k + kHalfGroup; ++i)
+      for (int64_t n = 0; n < width; n += V::kLanes) {
+        const auto load = [&](int64_t row) FASTLM_LAMBDA_INLINE {
+          __builtin_prefetch(from + (row + kSplitColumns) * from_stride + n);
+          return row < depth ? load_as<V>(from + row * from_stride + n, std::max<int64_t>(cols - n, 0)) : V::zero();
+        };
+        const V x = load(i), y = load(i + kHalfGroup);
+        most = SplitRange::larger(x, SplitRange::larger(y, most));
+        const int64_t place = n / kPairColumns * pair_step + (k / kSplitColumns * 2 + n / kTileSide % 2) * kSplitTile;
+        auto* to = reinterpret_cast<BFloat16*>(panel + place) + (i - k) * 2 * kTileSide;
+        split_pairs(x, y, [&](int part, FloatBits words) FASTLM_LAMBDA_INLINE {
+          memcpy(to + part * kSplitTile, &words, sizeof(words));
+        });
       }
-      for (int part = 0; part < kParts; ++part) {
-        FloatBits bits[2];
-        for (int i = 0; i < 2; ++i) rest[i] = take_part(rest[i], bits[i]);
-        const FloatBits words = pair_lanes(bits[0], bits[1]);
-        memcpy(to + part * kSplitTile, &words, sizeof(words));
-      }
-    }
   SplitRange::see(most);
 }
 inline void pack_panel(const float* from, int64_t from_stride, int64_t depth, int64_t cols, SplitFloat* panel,
@@ -160,7 +190,7 @@ inline void pack_transposed(const float* from, int64_t stride, int64_t depth, in
         copy_rows(from + n * stride + k, stride, count, std::min(kSplitColumns, depth - k), rows, kSplitColumns);
         std::fill(rows + count * kSplitColumns, rows + kSplitTile, SplitFloat{});
         for (int part = 0; part < kParts; ++part)
-          pairs_in_rows(parts_at(rows, 0) + part * kSplitColumns, kPartsElements, kTileSide, kTileSide,
+          pairs_in_rows(group_of(rows, 0) + part * kSplitColumns, kPartsElements, kTileSide, kTileSide,
                         reinterpret_cast<BFloat16*>(panel) + part * kSplitTile, kSplitColumns);
       }
 }
