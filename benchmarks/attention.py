@@ -312,6 +312,24 @@ class AttentionModule:
         return None if self.weights else Composed(self._attention(), self.causal)
 
 
+class EncoderLayer(AttentionModule):
+    """A whole layer of torch's encoder, its linear layers replaced too."""
+
+    def gflop(self, mode: str) -> float:
+        linear = 16 * self.width**2 * self.seq_len * self.batch * (1 if mode == "forward" else 3)
+        return super().gflop(mode) + linear / 1e9
+
+    def module(self) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.TransformerEncoderLayer(self.width, self.heads, 4 * self.width, 0.0, "gelu", batch_first=True)
+
+    def fast_module(self) -> nn.Module:
+        return fastlm.replace(self.module(), linear=True)
+
+    def composed_module(self) -> nn.Module | None:
+        return None
+
+
 def _both_dtypes(name: str, *sizes: int, **options: object) -> tuple[Attention, Attention]:
     batch, heads, q_len, k_len, dim, *kv_heads = sizes
     shape = (batch, heads, q_len, k_len, dim, *(kv_heads or (heads,)))
@@ -348,4 +366,6 @@ WORKLOADS: tuple[Attention | AttentionModule, ...] = (
     AttentionModule("b8_t64_128_causal", 8, 64, 128, 4, True),
     AttentionModule("b4_t512_512_weights", 4, 512, 512, 8, False, weights=True),
     AttentionModule("b8_t64_128_weights", 8, 64, 128, 4, False, weights=True),
+    EncoderLayer("encoder_b4_t512_512", 4, 512, 512, 8, False),
+    EncoderLayer("encoder_b16_t128_768", 16, 128, 768, 12, False),
 )

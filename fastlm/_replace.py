@@ -8,7 +8,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastlm import _native, _trace
 from fastlm._report import Report
-from fastlm.nn import GRU, LSTM, Dropout, GRUCell, LSTMCell, MultiheadAttention
+from fastlm.nn import GRU, LSTM, Dropout, GRUCell, Linear, LSTMCell, MultiheadAttention
 from fastlm.nn._twin import TorchTwin, change_class, check_class
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
@@ -22,7 +22,7 @@ _NO_TWIN = {
 }
 
 
-def replace(model: _Model) -> _Model:
+def replace(model: _Model, linear: bool = False) -> _Model:
     """Puts the modules of a model onto the kernels of fastlm, in place, and returns the model.
 
     Every module that is exactly torch.nn.GRU, LSTM, GRUCell, LSTMCell or MultiheadAttention becomes its fastlm.nn twin:
@@ -30,8 +30,13 @@ def replace(model: _Model) -> _Model:
     `explain(model)` lists them. torch's TransformerEncoderLayer and TransformerEncoder around a replaced attention are
     told to call it in evaluation too, which they would run past. Doing it twice changes nothing more; `restore` undoes
     it.
+
+    Args:
+        model (Module): to be changed.
+        linear (bool): torch.nn.Linear too, which pays in float32 on CPUs with AMX; see `fastlm.nn.Linear`.
+            Default: False.
     """
-    _change_classes("replace", model, _TWINS)
+    _change_classes("replace", model, _TWINS | {torch.nn.Linear: Linear} if linear else _TWINS)
     for module in model.modules():
         fast_path = _fast_path(module)
         if fast_path is not None:
@@ -46,7 +51,7 @@ def restore(model: _Model) -> _Model:
         ValueError: a module has an option (weight_dropout, locked_dropout) that torch.nn lacks; no module is changed
             then.
     """
-    twins: list[type[Any]] = [*_TWINS.values(), Dropout]
+    twins: list[type[Any]] = [*_TWINS.values(), Dropout, Linear]
     _change_classes("restore", model, {twin: twin.torch_class for twin in twins})
     for module in model.modules():
         for attribute, value in module.__dict__.pop(_TAKEN, {}).items():

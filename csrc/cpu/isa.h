@@ -17,6 +17,7 @@ namespace fastlm::cpu {
 template <class T>
 struct GemmKernels {
   void (*gemm)(const GemmParams<T>&, int threads, ParallelFor);
+  bool (*splits)(const GemmParams<T>&);  // whether it makes such a product from split numbers, by its sizes
   // On the calling thread for about `seconds`, in GFLOP/s: fused multiply-adds in registers; the tile under every
   // product with operands in L1, which a busy neighbour on the same core slows more.
   double (*fma_peak)(double seconds);

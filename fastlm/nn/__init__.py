@@ -6,13 +6,14 @@ from fastlm.nn import init
 from fastlm.nn.attention import MultiheadAttention
 from fastlm.nn.dropout import Dropout
 from fastlm.nn.gru import GRU, GRUCell
+from fastlm.nn.linear import Linear
 from fastlm.nn.lstm import LSTM, LSTMCell
 from fastlm.nn.stream import Stream
 
-__all__ = ["GRU", "LSTM", "Dropout", "GRUCell", "LSTMCell", "MultiheadAttention", "Stream", "init", "is_rnn"]
+__all__ = ["GRU", "LSTM", "Dropout", "GRUCell", "LSTMCell", "Linear", "MultiheadAttention", "Stream", "init", "is_rnn"]
 
 # Whole modules saved with torch.save then load with weights_only=True, as torch's own do.
-torch.serialization.add_safe_globals([Dropout, GRU, LSTM, GRUCell, LSTMCell, MultiheadAttention])
+torch.serialization.add_safe_globals([Dropout, GRU, LSTM, GRUCell, LSTMCell, Linear, MultiheadAttention])
 
 
 def is_rnn(module: object) -> bool:

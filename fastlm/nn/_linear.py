@@ -1,14 +1,20 @@
-"""torch.nn.Linear by the kernels' product, for output layers without gradients."""
+"""A torch.nn.Linear within a model by the kernels' product."""
 
 import torch
 from torch import Tensor, nn
 
+from fastlm import ops
 from fastlm.ops import _common
 from fastlm.ops.gemm import gemm
 
 
+def project(layer: nn.Linear, x: Tensor) -> Tensor:
+    """layer(x) by `ops.linear`, unless its call does more."""
+    return ops.linear(x, layer.weight, layer.bias) if is_linear(layer) else layer(x)
+
+
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """layer(x) for rows x (..., in_features), by the product where nothing asks for gradients.
+    """layer(x) of an output layer for rows x (..., in_features), by the product where nothing asks for gradients.
 
     A large result then lies in huge pages; torch's spends a third of the time on getting its memory.
     """

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlm import ops
 from fastlm.nn._twin import TorchTwin
 from fastlm.ops import _common
 from fastlm.ops._attention_op import ATTENTION, run_module
@@ -85,7 +86,7 @@ class MultiheadAttention(TorchTwin, torch.nn.MultiheadAttention):
         else:
             output, _ = run_module(ATTENTION, (), q, k, v, **options)
         order = (0, 2, 1, 3) if batch_first else (2, 0, 1, 3)
-        output = F.linear(output.permute(order).flatten(-2), self.out_proj.weight, self.out_proj.bias)
+        output = ops.linear(output.permute(order).flatten(-2), self.out_proj.weight, self.out_proj.bias)
         return (output if batched else output.squeeze(0)), weights
 
     def _check(
@@ -149,17 +150,17 @@ class MultiheadAttention(TorchTwin, torch.nn.MultiheadAttention):
             query, key, value = _once_each(torch.clone, query, key, value)
         if not together:
             biases = (None,) * 3 if bias is None else bias.chunk(3)
-            projected = map(F.linear, (query, key, value), weights, biases)
+            projected = map(ops.linear, (query, key, value), weights, biases)
             return tuple(self._heads(x, 1, batch_first)[0] for x in projected)
         (weight,) = weights
         if query is key and key is value:
-            return self._heads(F.linear(query, weight, bias), 3, batch_first)
+            return self._heads(ops.linear(query, weight, bias), 3, batch_first)
         if key is value:
             biases = (None, None) if bias is None else (bias[:width], bias[width:])
-            queries = self._heads(F.linear(query, weight[:width], biases[0]), 1, batch_first)
-            return queries + self._heads(F.linear(key, weight[width:], biases[1]), 2, batch_first)
+            queries = self._heads(ops.linear(query, weight[:width], biases[0]), 1, batch_first)
+            return queries + self._heads(ops.linear(key, weight[width:], biases[1]), 2, batch_first)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
-        projected = map(F.linear, (query, key, value), weight.chunk(3), biases)
+        projected = map(ops.linear, (query, key, value), weight.chunk(3), biases)
         return tuple(self._heads(x, 1, batch_first)[0] for x in projected)
 
     def _heads(self, x: Tensor, count: int, batch_first: bool) -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ from fastlm.ops.cross_entropy import linear_cross_entropy
 from fastlm.ops.dropout import dropout
 from fastlm.ops.gelu import gelu
 from fastlm.ops.gru import gru, gru_cell
+from fastlm.ops.linear import linear
 from fastlm.ops.lstm import lstm, lstm_cell
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "gelu",
     "gru",
     "gru_cell",
+    "linear",
     "linear_cross_entropy",
     "lstm",
     "lstm_cell",

@@ -13,7 +13,7 @@ from fastlm import _backend, _native, _trace
 from fastlm.ops import reference
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _functorch_level = torch._C._functorch.maybe_current_level
 _R = TypeVar("_R")
 
@@ -174,10 +174,10 @@ def is_plain(x: Any, *others: Any) -> bool:
     if _native.module is None:  # the pure implementation checks nothing
         return False
     for tensor in others:
-        if tensor is not None and not (type(tensor) in _PLAIN_TYPES and tensor.is_cpu):
+        if tensor is not None and not (type(tensor) in PLAIN_TYPES and tensor.is_cpu):
             return False
     return (
-        type(x) in _PLAIN_TYPES
+        type(x) in PLAIN_TYPES
         and x.dtype in KERNEL_DTYPES
         and x.is_cpu
         and _backend._forced is None

@@ -78,6 +78,11 @@ double tile_peak(double seconds) {
   });
 }
 
+template <class T>
+bool never(const GemmParams<T>&) {
+  return false;
+}
+
 FASTLM_SHARED_TILES();
 FASTLM_SHARED_DOTS();
 FASTLM_SHARED_BROADCASTS();
@@ -85,7 +90,7 @@ FASTLM_SHARED_PACKING();
 FASTLM_SHARED_GEMM();
 FASTLM_SHARED_NARROW_TILES();
 
-extern const GemmKernels<float> kGemmFloat{gemm_entry<float>, fma_peak<float>, tile_peak<float>};
-extern const GemmKernels<double> kGemmDouble{gemm_entry<double>, fma_peak<double>, tile_peak<double>};
+extern const GemmKernels<float> kGemmFloat{gemm_entry<float>, never<float>, fma_peak<float>, tile_peak<float>};
+extern const GemmKernels<double> kGemmDouble{gemm_entry<double>, never<double>, fma_peak<double>, tile_peak<double>};
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

@@ -11,12 +11,15 @@ extern const GemmKernels<float> kGemmFloat;
 }
 namespace FASTLM_ISA_NAMESPACE {
 
+// Splitting an element, and packing it, takes as long as some products with it.
+inline bool is_split(const GemmParams<float>& p) {
+  constexpr int64_t kRowsAtLeast = 384, kColumnsAtLeast = 64, kDepthAtLeast = 64;
+  return !p.accumulate && p.m >= kRowsAtLeast && p.n >= kColumnsAtLeast && p.k >= kDepthAtLeast;
+}
+
 inline void split_gemm(const GemmParams<float>& p, int threads, ParallelFor parallel_for) {
-  // Splitting an element, and packing it, takes as long as some products with it.
-  constexpr int64_t kRowsAtLeast = 320, kColumnsAtLeast = 64, kDepthAtLeast = 64;
   const auto plain = FASTLM_FLOATS_ELSEWHERE::kGemmFloat.gemm;
-  if (p.accumulate || p.m < kRowsAtLeast || p.n < kColumnsAtLeast || p.k < kDepthAtLeast)
-    return plain(p, threads, parallel_for);
+  if (!is_split(p)) return plain(p, threads, parallel_for);
   Workspace workspace;
   const auto take = [&] { return SplitGemmBuffers::take(workspace, panels_for<float>(p.n), p.k, threads); };
   take();
@@ -36,7 +39,7 @@ inline void split_gemm(const GemmParams<float>& p, int threads, ParallelFor para
 inline double plain_fma_peak(double seconds) { return FASTLM_FLOATS_ELSEWHERE::kGemmFloat.fma_peak(seconds); }
 inline double plain_tile_peak(double seconds) { return FASTLM_FLOATS_ELSEWHERE::kGemmFloat.tile_peak(seconds); }
 
-extern const GemmKernels<float> kGemmFloat{split_gemm, plain_fma_peak, plain_tile_peak};
+extern const GemmKernels<float> kGemmFloat{split_gemm, is_split, plain_fma_peak, plain_tile_peak};
 
 }  // namespace FASTLM_ISA_NAMESPACE
 }  // namespace fastlm::cpu

@@ -16,6 +16,7 @@ from fastlm.models._causal import CausalLM, warn_of_missing
 from fastlm.models._packing import causal_within, find_starts
 from fastlm.models.transformer.configuration import TransformerConfig
 from fastlm.models.transformer.generation import Engine
+from fastlm.nn._linear import project
 
 
 class _Call(NamedTuple):
@@ -47,9 +48,9 @@ class TransformerAttention(nn.Module):
         """Of x (B T, E), which has the shape of what is returned."""
         # Queries, keys and values are read where they lie. Backward of unbind is one copy; of views by index it is a
         # tensor of zeros each, and sums.
-        q, k, v = self.qkv_proj(x).view(call.batch, call.steps, 3, self.num_heads, -1).unbind(2)
+        q, k, v = project(self.qkv_proj, x).view(call.batch, call.steps, 3, self.num_heads, -1).unbind(2)
         output = _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), call, self.layer)
-        return self.o_proj(output.transpose(1, 2).reshape(x.shape))  # a view: output lies in memory as q
+        return project(self.o_proj, output.transpose(1, 2).reshape(x.shape))  # a view: output lies in memory as q
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, call: _Call, layer: int) -> Tensor:
@@ -74,7 +75,7 @@ class TransformerMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Of x (B T, E), which has the shape of what is returned."""
-        return self.down_proj(ops.gelu(self.up_proj(x)))
+        return project(self.down_proj, ops.gelu(project(self.up_proj, x)))
 
 
 class TransformerLayer(GradientCheckpointingLayer):
