@@ -16,6 +16,7 @@ from registry import LanguageModel, OneStep, Product, Resets, Varlen, Workload
 from torch import Tensor, nn
 
 import fastlm
+from fastlm.ops.gemm import gemm
 
 Call = Callable[[], Sequence[Tensor]]
 
@@ -149,7 +150,7 @@ def _torch_tuned(workload: Workload, mode: str, threads: int) -> Call | None:
 
 def _fastlm(workload: Workload, mode: str, threads: int) -> Call:
     if isinstance(workload, Product):
-        gemm, arguments = torch.ops.fastlm.gemm.default, (*workload.inputs(), *workload.transposed)
+        arguments = (*workload.inputs(), *workload.transposed)
         return lambda: [gemm(*arguments)]
     if isinstance(workload, OneStep):
         stream = fastlm.nn.Stream(workload.module().to(workload.dtype), workload.batch)
