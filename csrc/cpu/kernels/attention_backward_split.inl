@@ -74,9 +74,12 @@ class BackwardProducts<float, SplitFloat> {
     return {block.begin + t * kTilesRows, std::min(block.end, block.begin + (t + 1) * kTilesRows)};
   }
 
-  void start_keys(int64_t) {
-    std::fill_n(buffers_.grad_k, p_.dim * keys_stride_, T(0));
-    std::fill_n(buffers_.grad_v, p_.v_dim * keys_stride_, T(0));
+  void start_keys(int64_t keys) {
+    const auto clear = [&](T* turned, int64_t dim) {
+      for (int64_t d = 0; d < dim; ++d) std::fill_n(turned + d * keys_stride_, lanes_up<T>(keys), T(0));
+    };
+    clear(buffers_.grad_k, p_.dim);
+    clear(buffers_.grad_v, p_.v_dim);
   }
   // Columns [d, d + width) of dK and dV of each key.
   template <class WriteK, class WriteV>
