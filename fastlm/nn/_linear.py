@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import ops
+from fastlm.nn.linear import Linear
 from fastlm.ops import _common
 from fastlm.ops.gemm import gemm
 
@@ -27,13 +28,13 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def is_linear(layer: nn.Module) -> bool:
     """True where weight and bias are all that a call of the layer does: no adapter around it, no hook."""
-    plain = type(layer).forward is nn.Linear.forward
+    plain = type(layer).forward in (nn.Linear.forward, Linear.forward)
     return plain and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def _is_plain(layer: nn.Linear, x: Tensor) -> bool:
     return (
-        type(layer) is nn.Linear  # not parametrised: its weight is read several times
+        type(layer) in (nn.Linear, Linear)  # not parametrised: its weight is read several times
         and is_linear(layer)
         and _common.is_plain(x, layer.weight, layer.bias)
         and x.shape[-1:] == (layer.in_features,)

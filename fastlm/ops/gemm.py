@@ -9,7 +9,8 @@ from fastlm import _native
 from fastlm.ops import _common
 
 _gemm = torch.ops.fastlm.gemm.default
-MULTIPLY_ADDS_AT_LEAST = 1 << 26  # fewer are over before what surrounds them
+ROWS_AT_LEAST = 512
+_MULTIPLY_ADDS_AT_LEAST = 1 << 26  # fewer are over before what surrounds them
 
 
 @torch.library.register_fake("fastlm::gemm")
@@ -45,7 +46,7 @@ def gemm(a: Tensor, b: Tensor, transpose_a: bool, transpose_b: bool, bias: Tenso
 
 def is_faster(m: int, n: int, k: int) -> bool:
     """True where products of float32 (m, k) and (k, n) take less time here than in torch, a record of them included."""
-    worth = m >= 512 and m * n * k >= MULTIPLY_ADDS_AT_LEAST
+    worth = m >= ROWS_AT_LEAST and m * n * k >= _MULTIPLY_ADDS_AT_LEAST
     return worth and _native.module is not None and bool(_native.module.splits_product(m, n, k))
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops import _common
-from fastlm.ops.gemm import MULTIPLY_ADDS_AT_LEAST, gemm, is_faster, recorded
+from fastlm.ops.gemm import ROWS_AT_LEAST, gemm, is_faster, recorded
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -40,7 +40,7 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         not torch.compiler.is_compiling()  # where sizes may be symbols
         and type(x) in _common.PLAIN_TYPES
-        and x.numel() >= MULTIPLY_ADDS_AT_LEAST >> 16  # a small call would feel what follows
+        and x.numel() >= ROWS_AT_LEAST  # a step's call would feel what follows
         and _common.is_plain(x, weight, bias)
         and x.dtype == weight.dtype == torch.float32
         and weight.dim() == 2

@@ -138,6 +138,8 @@ def test_a_layer_that_does_more_is_called(monkeypatch: pytest.MonkeyPatch) -> No
     layer, x = torch.nn.Linear(3, 4), torch.randn(2, 3)
     assert torch.equal(_linear.project(layer, x), layer(x))
     assert len(calls) == 1
+    assert _linear.is_linear(layer)
+    assert _linear.is_linear(fastlm.nn.Linear(3, 4))  # a replaced output layer keeps its fused loss
     layer.register_forward_hook(lambda *_: torch.zeros(1))
     assert _linear.project(layer, x).shape == (1,)
     assert len(calls) == 1

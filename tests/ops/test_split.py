@@ -109,6 +109,14 @@ def test_products_of_integers_are_exact(isa: str) -> None:
     )
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001], ids=hex)
+def test_every_nan_remains(isa: str, bits: int) -> None:
+    """Whatever its other bits: rounding must not carry them away."""
+    a, b = torch.ones(390, 96), torch.ones(96, 70)
+    a.view(torch.int32)[7, 50] = bits
+    assert torch.ops.fastlm.gemm(a, b, False, False).isnan().sum(1).tolist() == [70 * (row == 7) for row in range(390)]
+
+
 @pytest.mark.parametrize("size", [2.0**57, 2.0**70, 1e25], ids=str)
 def test_products_that_overflow(isa: str, size: float) -> None:
     """Finite numbers whose products are not: infinite with the sign that they have in floats, and no NaN."""

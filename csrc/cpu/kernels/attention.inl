@@ -109,11 +109,13 @@ inline void split_attention_forward(const AttentionForwardParams<float>& p, cons
 }
 inline void split_attention_backward(const AttentionBackwardParams<float>& p, const AttentionPlan& plan,
                                      ParallelFor parallel_for) {
-  const bool wanted = splits(p);
-  std::atomic<bool> beyond{!wanted};
-  if (wanted) attend_backward(p, plan, parallel_for, &beyond);
-  if (wanted && beyond) std::fill_n(p.grad_bias.data, p.grad_bias_numbers, 0.f);  // it is added to
-  if (beyond) FASTLM_FLOATS_ELSEWHERE::kAttentionFloat.backward(p, plan, parallel_for);
+  const auto plain = FASTLM_FLOATS_ELSEWHERE::kAttentionFloat.backward;
+  if (!splits(p)) return plain(p, plan, parallel_for);
+  std::atomic<bool> beyond{false};
+  attend_backward(p, plan, parallel_for, &beyond);
+  if (!beyond) return;
+  std::fill_n(p.grad_bias.data, p.grad_bias_numbers, 0.f);  // it is added to
+  plain(p, plan, parallel_for);
 }
 extern const AttentionKernels<float> kAttentionFloat{split_attention_forward, split_attention_backward};
 #endif

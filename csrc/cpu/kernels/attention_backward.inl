@@ -208,7 +208,8 @@ class AttentionBackward {
     Keys* rows = buffers_.rows + tile.begin - block.begin;
     std::fill_n(rows, tile.end - tile.begin, Keys{0, 0});
     if (keys.empty()) return;
-    const auto [weights, grads, stride] = products_.scores(block, tile);
+    const auto [weights, grads] = products_.scores(block, tile);
+    constexpr int64_t stride = BackwardScores<T>::kStride;
     const int64_t from = lanes_down<T>(keys.begin), to = lanes_up<T>(keys.end);
     for (int64_t r = 0; r < tile.end - tile.begin; ++r) {
       for (T* row : {weights + r * stride, grads + r * stride}) {

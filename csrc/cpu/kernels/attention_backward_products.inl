@@ -7,6 +7,22 @@ namespace fastlm::cpu::FASTLM_ISA_NAMESPACE {
 
 constexpr int64_t kBackwardKeys = 64, kBackwardQueries = 128;  // of a block: both its matrices stay near
 
+// Weights and gradients of scores of a block, or from one of its tiles on, in rows.
+template <class T>
+struct BackwardScores {
+  static constexpr int64_t kStride = row_stride<T>(kBackwardKeys);
+  T *weights, *gradients;
+
+  static BackwardScores take(Workspace& workspace) {
+    T* const weights = workspace.take<T>(kBackwardQueries * kStride);
+    return {weights, workspace.take<T>(kBackwardQueries * kStride)};
+  }
+  BackwardScores from(Team::Range block, Team::Range tile) const {
+    const int64_t place = (tile.begin - block.begin) * kStride;
+    return {weights + place, gradients + place};
+  }
+};
+
 template <class S, class E = Operand<S>>
 class BackwardProducts {
  public:
@@ -20,12 +36,12 @@ class BackwardProducts {
     E *queries, *grads, *query_panels, *grad_panels;  // the panels are the rows where products take numbers
     T *grad_q, *grad_k, *grad_v;
     E *key_panels, *value_panels, *key_rows;  // of a block of keys
-    T *weights, *grad_scores;
+    BackwardScores<T> scores;
     E *weight_columns, *grad_columns, *grad_rows;  // of a block, as products take them; the same again
 
     FASTLM_NOINLINE static Buffers take(Workspace& workspace, const AttentionBackwardParams<S>& p, int64_t most_keys) {
       const int64_t q_stride = row_stride<T>(p.dim), v_stride = row_stride<T>(p.v_dim);
-      const int64_t block = kBackwardQueries * row_stride<T>(kBackwardKeys);
+      const int64_t block = kBackwardQueries * BackwardScores<T>::kStride;
       const int64_t q_len = even_up(p.q_len);
       Buffers b{};
       b.queries = workspace.take<E>(q_len * row_stride<E>(p.dim));
@@ -38,14 +54,13 @@ class BackwardProducts {
       b.key_panels = workspace.take<E>(kBackwardKeys * panel_depth<E>(p.dim));
       b.value_panels = workspace.take<E>(kBackwardKeys * panel_depth<E>(p.v_dim));
       b.key_rows = workspace.take<E>(kBackwardKeys * q_stride);
-      b.weights = workspace.take<T>(block);
-      b.grad_scores = workspace.take<T>(block);
+      b.scores = BackwardScores<T>::take(workspace);
       if constexpr (kPairs<E>) {
         b.weight_columns = workspace.take<E>(block);
         b.grad_columns = workspace.take<E>(block);
         b.grad_rows = workspace.take<E>(block);
       } else {
-        b.weight_columns = b.weights, b.grad_columns = b.grad_rows = b.grad_scores;
+        b.weight_columns = b.scores.weights, b.grad_columns = b.grad_rows = b.scores.gradients;
       }
       return b;
     }
@@ -107,14 +122,7 @@ class BackwardProducts {
     pack_panel(k, p_.k.time, keys, p_.dim, buffers_.key_rows, q_stride_);
   }
 
-  struct Scores {
-    T *weights, *gradients;
-    int64_t stride;
-  };
-  Scores scores(Team::Range block, Team::Range tile) const {
-    const int64_t place = (tile.begin - block.begin) * s_stride_;
-    return {buffers_.weights + place, buffers_.grad_scores + place, s_stride_};
-  }
+  BackwardScores<T> scores(Team::Range block, Team::Range tile) const { return buffers_.scores.from(block, tile); }
 
   // Of a tile, in whole vectors: products of its queries with keys, and of their gradients with values.
   void multiply_keys(Team::Range block, Team::Range tile, Keys keys) {
@@ -128,8 +136,8 @@ class BackwardProducts {
 
   // A tile that sees nothing.
   void clear_tile(Team::Range block, Team::Range tile) {
-    const auto [weights, gradients, stride] = scores(block, tile);
-    for (T* to : {weights, gradients}) std::fill_n(to, (tile.end - tile.begin) * stride, T(0));
+    const auto [weights, gradients] = scores(block, tile);
+    for (T* to : {weights, gradients}) std::fill_n(to, (tile.end - tile.begin) * s_stride_, T(0));
   }
 
   // Weights and gradients of scores of a tile are known.
@@ -137,7 +145,7 @@ class BackwardProducts {
     const int64_t place = (tile.begin - block.begin) * s_stride_;
     if constexpr (kPairs<E>)
       for (int64_t r = place; r < place + (tile.end - tile.begin) * s_stride_; r += s_stride_)
-        round_row(buffers_.grad_scores + r, buffers_.grad_rows + r);
+        round_row(buffers_.scores.gradients + r, buffers_.grad_rows + r);
   }
 
   // A tile's part of dQ.
@@ -198,8 +206,8 @@ class BackwardProducts {
   // Both matrices of a block with their rows in pairs.
   void make_columns(Team::Range block) {
     const int64_t rows = block.end - block.begin;
-    for (const auto& [from, to] :
-         {std::pair{buffers_.weights, buffers_.weight_columns}, std::pair{buffers_.grad_scores, buffers_.grad_columns}})
+    for (const auto& [from, to] : {std::pair{buffers_.scores.weights, buffers_.weight_columns},
+                                   std::pair{buffers_.scores.gradients, buffers_.grad_columns}})
       for (int64_t r = 0; r < rows; r += 2)
         for (int64_t i = 0; i < kBackwardKeys; i += V::kLanes) {
           const T* row = from + r * s_stride_ + i;
@@ -211,7 +219,8 @@ class BackwardProducts {
 
   const AttentionBackwardParams<S>& p_;
   const Buffers buffers_;
-  const int64_t q_stride_, v_stride_, s_stride_ = row_stride<T>(kBackwardKeys);
+  static constexpr int64_t s_stride_ = BackwardScores<T>::kStride;
+  const int64_t q_stride_, v_stride_;
   const int64_t q_rows_stride_, v_rows_stride_;  // of the operands' rows
   int64_t panel_width_ = 0;
 };

@@ -18,16 +18,16 @@ class BackwardProducts<float, SplitFloat> {
   static_assert(kBackwardKeys <= kCols<T> && kBackwardQueries % kSplitColumns == 0 && kTilesRows == kSplitColumns);
 
   struct Buffers {
-    E *queries, *grads;                            // rows of a span
-    E *query_columns, *grad_columns;               // [dim][span]
-    T *grad_q, *grad_k, *grad_v;                   // rows of a span; [dim][keys of an item]
-    E *key_panels, *value_panels, *key_rows;       // of a block of keys
-    T *weights, *grad_scores;                      // of a block
+    E *queries, *grads;                       // rows of a span
+    E *query_columns, *grad_columns;          // [dim][span]
+    T *grad_q, *grad_k, *grad_v;              // rows of a span; [dim][keys of an item]
+    E *key_panels, *value_panels, *key_rows;  // of a block of keys
+    BackwardScores<T> scores;
     E *weight_panels, *score_panels, *score_rows;  // the same as operands
     T* rows;                                       // of dK or dV, turned back
 
     FASTLM_NOINLINE static Buffers take(Workspace& workspace, const Params& p, int64_t most_keys) {
-      const int64_t n = span(p), block = kBackwardQueries * row_stride<T>(kBackwardKeys);
+      const int64_t n = span(p);
       Buffers b{};
       b.queries = workspace.take<E>(n * row_stride<E>(p.dim));
       b.grads = workspace.take<E>(n * row_stride<E>(p.v_dim));
@@ -39,8 +39,7 @@ class BackwardProducts<float, SplitFloat> {
       b.key_panels = workspace.take<E>(kBackwardKeys * panel_depth<E>(p.dim));
       b.value_panels = workspace.take<E>(kBackwardKeys * panel_depth<E>(p.v_dim));
       b.key_rows = workspace.take<E>(kBackwardKeys * panel_depth<E>(p.dim));
-      b.weights = workspace.take<T>(block);
-      b.grad_scores = workspace.take<T>(block);
+      b.scores = BackwardScores<T>::take(workspace);
       b.weight_panels = workspace.take<E>(kBackwardKeys * kBackwardQueries);
       b.score_panels = workspace.take<E>(kBackwardKeys * kBackwardQueries);
       b.score_rows = workspace.take<E>(kBackwardQueries * row_stride<E>(kBackwardKeys));
@@ -105,14 +104,7 @@ class BackwardProducts<float, SplitFloat> {
     pack_part(k, p_.k.time, keys, p_.dim, buffers_.key_rows, panel_depth<E>(p_.dim), pair_step(kBackwardKeys));
   }
 
-  struct Scores {
-    T *weights, *gradients;
-    int64_t stride;
-  };
-  Scores scores(Team::Range block, Team::Range tile) const {
-    const int64_t place = (tile.begin - block.begin) * s_stride_;
-    return {buffers_.weights + place, buffers_.grad_scores + place, s_stride_};
-  }
+  BackwardScores<T> scores(Team::Range block, Team::Range tile) const { return buffers_.scores.from(block, tile); }
 
   // Of a tile, in whole vectors: products of its queries with keys, and of their gradients with values.
   void multiply_keys(Team::Range block, Team::Range tile, Keys keys) {
@@ -132,12 +124,12 @@ class BackwardProducts<float, SplitFloat> {
   // Weights and gradients of scores of a tile are known.
   void keep_scores(Team::Range block, Team::Range tile) {
     const int64_t query = tile.begin - block.begin, rows = tile.end - tile.begin, place = panel_place(query, 0);
-    const auto [weights, gradients, stride] = scores(block, tile);
-    pack_part(weights, stride, rows, kBackwardKeys, buffers_.weight_panels + place, kBackwardKeys,
+    const auto [weights, gradients] = scores(block, tile);
+    pack_part(weights, s_stride_, rows, kBackwardKeys, buffers_.weight_panels + place, kBackwardKeys,
               pair_step(kBackwardQueries));
-    pack_part(gradients, stride, rows, kBackwardKeys, buffers_.score_panels + place, kBackwardKeys,
+    pack_part(gradients, s_stride_, rows, kBackwardKeys, buffers_.score_panels + place, kBackwardKeys,
               pair_step(kBackwardQueries));
-    copy_rows(gradients, stride, rows, kBackwardKeys, buffers_.score_rows + query * rows_stride_, rows_stride_);
+    copy_rows(gradients, s_stride_, rows, kBackwardKeys, buffers_.score_rows + query * rows_stride_, rows_stride_);
   }
 
   // A tile's part of dQ.
@@ -204,7 +196,7 @@ class BackwardProducts<float, SplitFloat> {
   const Buffers buffers_;
   const int64_t q_stride_, v_stride_, grad_q_stride_;
   const int64_t columns_stride_, keys_stride_;
-  static constexpr int64_t s_stride_ = row_stride<T>(kBackwardKeys), rows_stride_ = row_stride<E>(kBackwardKeys);
+  static constexpr int64_t s_stride_ = BackwardScores<T>::kStride, rows_stride_ = row_stride<E>(kBackwardKeys);
 };
 
 }  // namespace fastlm::cpu::FASTLM_ISA_NAMESPACE

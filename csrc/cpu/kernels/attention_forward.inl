@@ -87,6 +87,7 @@ class AttentionForward {
   static constexpr int kRun = kSplit<E> ? kSplitColumns / V::kLanes : 1;
   static int64_t run_down(int64_t key) { return key / (kRun * V::kLanes) * (kRun * V::kLanes); }
   static int64_t run_up(int64_t key) { return run_down(key + kRun * V::kLanes - 1); }
+
   void kv_head() {
     start();
     const int64_t last = reach().end;
