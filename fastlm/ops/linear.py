@@ -40,6 +40,7 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         not torch.compiler.is_compiling()  # where sizes may be symbols
         and type(x) in _common.PLAIN_TYPES
+        and type(weight) in _common.PLAIN_TYPES
         and x.numel() >= ROWS_AT_LEAST  # a step's call would feel what follows
         and _common.is_plain(x, weight, bias)
         and x.dtype == weight.dtype == torch.float32

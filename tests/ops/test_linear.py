@@ -109,6 +109,9 @@ def test_all_else_is_torchs(isa: str) -> None:
         with pytest.raises(RuntimeError) as ours:
             fastlm.ops.linear(*wrong)
         assert str(ours.value) == str(theirs.value)
+    for given in ((x, None), (None, weight)):
+        with pytest.raises(TypeError, match="must be Tensor, not NoneType"):
+            fastlm.ops.linear(*given)
 
 
 def test_module(isa: str) -> None:
