@@ -8,19 +8,19 @@ namespace fastlm::cpu {
 namespace {
 
 // Chunks depend on sizes alone, never on threads, so that sums come out the same.
-constexpr int64_t kForwardRows = 128;          // rows per input projection: the sums stay in L2; half of it where
-                                               // two chunks' sums are kept
-constexpr int64_t kBackwardBytes = 8 << 20;    // slot gradients between weight gradients: they stay in L3
-constexpr int64_t kBackwardRowsAtLeast = 512;  // a full block of k for the weight gradients
-constexpr int64_t kRowsToSplit = 6;            // rows per member from which sharing the batch pays, where weights are
-constexpr double kSmallWeights = 256 << 10;    // so small
-constexpr int64_t kManyRowsToSplit = 16;       // rows per member from which it pays where they are larger, but fit
-constexpr int64_t kBackwardRowsInPlace = 48;   // of a single step, that weights are not packed beforehand for
-constexpr double kBytesPerNs = 40;             // weights from L3, one core
-constexpr double kStreamNsPerThread = 5000;    // kNsPerThread where packed weights may still lie in a member's L2
+constexpr int64_t kForwardRows = 128;           // rows per input projection: the sums stay in L2; half of it where
+                                                // two chunks' sums are kept
+constexpr int64_t kBackwardBytes = 4 << 20;     // slot gradients between weight gradients: they stay in L3
+constexpr int64_t kBackwardRowsAtLeast = 1024;  // a full block of k for the weight gradients
+constexpr int64_t kRowsToSplit = 6;             // rows per member from which sharing the batch pays, where weights are
+constexpr double kSmallWeights = 256 << 10;     // so small
+constexpr int64_t kManyRowsToSplit = 16;        // rows per member from which it pays where they are larger, but fit
+constexpr int64_t kBackwardRowsInPlace = 48;    // of a single step, that weights are not packed beforehand for
+constexpr double kBytesPerNs = 40;              // weights from L3, one core
+constexpr double kStreamNsPerThread = 5000;     // kNsPerThread where packed weights may still lie in a member's L2
 
 // Recurrent weights that stay in a core's L2 beside the rest; at most what was measured on cores with 2 MiB.
-double bytes_in_l2() { return std::clamp<double>(l2_bytes() / 2, kSmallWeights, 1 << 20); }
+double bytes_in_l2() { return std::clamp<double>(l2_bytes() * 3 / 4, kSmallWeights, 1 << 20); }
 
 // Rows of some whole steps of the full batch; of steps that shrink, a chunk may take more.
 int64_t chunk_rows(int64_t most, int64_t batch, int64_t steps) {
