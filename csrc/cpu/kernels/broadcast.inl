@@ -106,8 +106,7 @@ FASTLM_NOINLINE void broadcast_tile(const BroadcastTile<T>& p) {
   using V = Vec<T>;
   V acc[W][N];
   const auto place = [&](int j, int v) FASTLM_LAMBDA_INLINE { return p.sums + (j * N + v) * V::kLanes; };
-  unrolled<W, N>([&](int j, int v)
-                     FASTLM_LAMBDA_INLINE { acc[j][v] = p.accumulate ? V::load(place(j, v)) : V::zero(); });
+  unrolled<W, N>([&](int j, int v) FASTLM_LAMBDA_INLINE { acc[j][v] = V::zero(); });
   const T* panel = p.panel;
   const auto step = [&](int64_t k) FASTLM_LAMBDA_INLINE {
     V a[N];
@@ -125,6 +124,9 @@ FASTLM_NOINLINE void broadcast_tile(const BroadcastTile<T>& p) {
     for (int i = 0; i < kLine<T>; ++i) step(k + i);
   }
   for (; k < p.depth; ++k) step(k);
+  // Added only here: long sums gain accuracy from being cut.
+  if (p.accumulate)
+    unrolled<W, N>([&](int j, int v) FASTLM_LAMBDA_INLINE { acc[j][v] = acc[j][v] + V::load(place(j, v)); });
   unrolled<W, N>([&](int j, int v) FASTLM_LAMBDA_INLINE { acc[j][v].store(place(j, v)); });
 }
 

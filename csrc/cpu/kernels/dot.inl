@@ -86,6 +86,13 @@ FASTLM_NOINLINE void dot_tile(const DotParams<S, A>& p, const LinesAhead<S>& ahe
   });
 }
 
+// How far on to call for rows of weights that are so many bytes in all: many lie in L3's far end or in memory, and the
+// processor's own prefetching, which ends with a page, is late there; few are near, where calls only cost.
+inline int64_t dot_rows_ahead(int64_t bytes) {
+  constexpr int64_t kNear = 8 << 20, kRows = 16;
+  return bytes < kNear ? 0 : kRows;
+}
+
 // C (rows, count) = init + A (rows, depth) W (count, depth)^T. Long sums are cut, for accuracy.
 template <class S, class A = Compute<S>>
 void dot_product(DotParams<S, A> p, int64_t rows) {

@@ -298,7 +298,8 @@ void gemm_few_rows(const GemmParams<T>& p, const FewRowsBuffers<T>& buffers, con
   if (dot_is_faster<T>(p.m, p.k)) {
     const auto own = team.split(p.n, 8);
     return dot_product<T>({p.a, p.a_stride, p.b + own.begin * p.b_stride, p.b_stride, own.end - own.begin, p.k,
-                           p.c + own.begin, p.c_stride, first_init(p), p.bias ? p.bias + own.begin : nullptr, 0},
+                           p.c + own.begin, p.c_stride, first_init(p), p.bias ? p.bias + own.begin : nullptr,
+                           dot_rows_ahead(p.n * p.k * static_cast<int64_t>(sizeof(T)))},
                           p.m);
   }
   const auto groups = RowGroups::of<T>(p.m);

@@ -262,7 +262,8 @@ class ForwardPass {
                                          part(buffers_.sums, kCols<T>)});
         // By the batch, as above.
         if (!kWidens<S> || dot_is_faster<S>(p_.batch, depth))
-          return dot_product<S, A>({a, a_stride, stored, depth, units, depth, slots, sizes_.slots_width, init, bias, 0},
+          return dot_product<S, A>({a, a_stride, stored, depth, units, depth, slots, sizes_.slots_width, init, bias,
+                                    dot_rows_ahead(weight_bytes())},
                                    rows);
         P* late = buffers_.late + team_.rank * Buffers::late_size(p_);
         pack_transposed(stored, depth, depth, units, late);
@@ -271,6 +272,10 @@ class ForwardPass {
       }
     rows_times_panel(a, a_stride, rows, panel, units_of(block), depth, slots, sizes_.slots_width, init, bias, deal,
                      next);
+  }
+
+  int64_t weight_bytes() const {
+    return Cell::kGates * p_.hidden * (p_.input_size + p_.hidden) * static_cast<int64_t>(sizeof(S));
   }
 
   // This member's part of a buffer for a single step's rows, so wide; null where there is none.
