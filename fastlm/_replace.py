@@ -33,7 +33,7 @@ def replace(model: _Model, linear: bool = False) -> _Model:
 
     Args:
         model (Module): to be changed.
-        linear (bool): torch.nn.Linear too, which pays in float32 on CPUs with AMX; see `fastlm.nn.Linear`.
+        linear (bool): torch.nn.Linear too, which pays in float32 on some CPUs; see `fastlm.nn.Linear`.
             Default: False.
     """
     _change_classes("replace", model, _TWINS | {torch.nn.Linear: Linear} if linear else _TWINS)

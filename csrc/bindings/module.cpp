@@ -67,8 +67,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_isa", &cpu::isa, "Name of the instruction set in use.");
   module.def("cpu_isas", &cpu::usable_isas, "Names of those usable on this machine, plainest first.");
   module.def("set_cpu_isa", &cpu::set_isa, py::arg("name"), "Uses another instruction set from now on.");
-  module.def("splits_product", &cpu::splits_product, py::arg("m"), py::arg("n"), py::arg("k"),
-             "Whether a product of float32 (m, k) and (k, n) is made by tile registers, from parts of the numbers.");
+  module.def("product_is_faster", &cpu::product_is_faster, py::arg("m"), py::arg("n"), py::arg("k"),
+             py::arg("transpose_a"), py::arg("transpose_b"),
+             "Whether a product of float32 (m, k) and (k, n) takes less time than MKL's.");
   module.def("build_info", [] {
     py::dict info;
     info["torch"] = FASTLM_TORCH_VERSION;

@@ -171,6 +171,14 @@ void set_isa(const std::string& name) {
   current().store(choose(name, "set_cpu_isa"));
 }
 
+bool outruns_mkl() {
+#if defined(__x86_64__)
+  return !__builtin_cpu_is("intel") && current().load(std::memory_order_relaxed)->kernels_float == &avx512::kFloat;
+#else
+  return false;
+#endif
+}
+
 std::vector<std::string> usable_isas() {
   std::vector<std::string> names;
   for (const Isa& isa : kIsas)

@@ -97,5 +97,6 @@ std::string isa();                       // name of the current one
 std::vector<std::string> usable_isas();  // on this machine, plainest first
 void set_isa(const std::string& name);   // throws std::invalid_argument with the usable ones; the process over
 std::vector<std::string> built_isas();
+bool outruns_mkl();  // whether the current one's products of floats do, on CPUs that MKL is not made for
 
 }  // namespace fastlm::cpu

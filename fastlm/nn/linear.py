@@ -8,7 +8,9 @@ from fastlm.nn._twin import TorchTwin
 
 
 class Linear(TorchTwin, torch.nn.Linear):
-    """torch.nn.Linear by `fastlm.ops.linear`: faster for many rows in float32 on CPUs with AMX, torch's own elsewhere.
+    """torch.nn.Linear by `fastlm.ops.linear`: faster in float32 on AMD's CPUs with AVX-512 and, of many rows, with AMX.
+
+    Elsewhere it is torch's own.
 
     `fastlm.replace(model, linear=True)` puts it into a model; without the option torch's stays, which tools that look
     for exactly that class, as torch.ao.quantization.quantize_dynamic does, need.

@@ -9,8 +9,7 @@ from fastlm import _native
 from fastlm.ops import _common
 
 _gemm = torch.ops.fastlm.gemm.default
-ROWS_AT_LEAST = 512
-_MULTIPLY_ADDS_AT_LEAST = 1 << 26  # fewer are over before what surrounds them
+_MULTIPLY_ADDS_AT_LEAST = 1 << 26  # to be recorded: fewer are over before what surrounds them
 
 
 @torch.library.register_fake("fastlm::gemm")
@@ -44,15 +43,22 @@ def gemm(a: Tensor, b: Tensor, transpose_a: bool, transpose_b: bool, bias: Tenso
     return _common.call(_gemm, False, a, b, transpose_a, transpose_b, bias)
 
 
-def is_faster(m: int, n: int, k: int) -> bool:
+def is_faster(m: int, n: int, k: int, transpose_a: bool, transpose_b: bool, is_recorded: bool) -> bool:
     """True where products of float32 (m, k) and (k, n) take less time here than in torch, a record of them included."""
-    worth = m >= ROWS_AT_LEAST and m * n * k >= _MULTIPLY_ADDS_AT_LEAST
-    return worth and _native.module is not None and bool(_native.module.splits_product(m, n, k))
+    if _native.module is None or (is_recorded and m * n * k < _MULTIPLY_ADDS_AT_LEAST):
+        return False
+    return bool(_native.module.product_is_faster(m, n, k, transpose_a, transpose_b))
 
 
 def product(a: Tensor, b: Tensor, transpose_a: bool, transpose_b: bool) -> Tensor:
     """The same by whichever is faster, with derivatives."""
     m, k = reversed(a.shape) if transpose_a else a.shape
-    if _common.is_plain(a, b) and a.dtype == torch.float32 and is_faster(m, b.shape[0 if transpose_b else 1], k):
-        return _common.call(_gemm, _common.requires_grad(a, b), a, b, transpose_a, transpose_b, None)
+    n = b.shape[0 if transpose_b else 1]
+    is_recorded = _common.requires_grad(a, b)
+    if (
+        _common.is_plain(a, b)
+        and a.dtype == torch.float32
+        and is_faster(m, n, k, transpose_a, transpose_b, is_recorded)
+    ):
+        return _common.call(_gemm, is_recorded, a, b, transpose_a, transpose_b, None)
     return (a.mT if transpose_a else a) @ (b.mT if transpose_b else b)
