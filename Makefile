@@ -55,7 +55,7 @@ build/sanitize/$(SANITIZE)/%.o: %.cpp $(CXX_SOURCES)
 
 bench: $(VENV)/.kernels
 	$(BIN)/python benchmarks/run.py
-	$(BIN)/python benchmarks/report.py --summary README.md --tables benchmarks/AVX2.md --plots benchmarks/results
+	$(BIN)/python benchmarks/report.py --tables benchmarks/AVX2.md
 
 lint: $(VENV)/.package
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Makes tables and plots from CSVs of run.py, and checks the speed targets.
 
-python benchmarks/report.py --summary README.md --tables benchmarks/AVX2.md --plots benchmarks/results
+python benchmarks/report.py benchmarks/results/avx512_bf16.csv --summary README.md --plots benchmarks/results
 python benchmarks/report.py --check
 """
 
