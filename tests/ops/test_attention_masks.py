@@ -33,10 +33,15 @@ MASK_SHAPES = [
 def test_mask_broadcasts(mask: str, shape: tuple[int, ...]) -> None:
     for q_len, kv_heads in ((5, 2), (5, 4), (40, 2)):  # 40: tiles instead of decoding
         shape = tuple(q_len if size == 5 else size for size in shape)
-        check_attention(
-            make_attention(2, 4, q_len, 8, kv_heads=kv_heads, k_len=7, mask=mask, mask_shape=shape),
-            scale=(8 * q_len) ** 0.5,  # up to all rows are summed
-        )
+        case = make_attention(2, 4, q_len, 8, kv_heads=kv_heads, k_len=7, mask=mask, mask_shape=shape)
+        if mask == "bool" or case.mask.numel() > 1:
+            check_attention(case)
+            continue
+        # One number is the sum of all rows, 8 a query, each of which cancels. torch takes a row's sum from the
+        # gradients themselves, and so by luck, on some CPUs, has a twentieth of the error of a kernel, which takes it
+        # from the output.
+        check_attention(case, wanted=("q", "k", "v"))
+        check_attention(case, wanted=("mask",), scale=(8 * q_len) ** 0.5)
 
 
 @dtypes

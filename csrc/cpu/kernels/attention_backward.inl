@@ -238,7 +238,7 @@ class AttentionBackward {
     if (drops) dropout_.factors(static_cast<uint64_t>(lse_place(head_, query)), first, from, to, buffers_.factors);
     for_vectors<T>(from, to, [&](auto kind, int64_t n) FASTLM_LAMBDA_INLINE {
       using W = decltype(kind);
-      const W weight = exponential<W, kPairs<Operand<S>>>(weights + n, factor, about.top, about.small, about.rest);
+      const W weight = exponential<W>(weights + n, factor, about.top, about.small, about.rest);
       W grad = W::load(grads + n), kept = weight;
       if (drops) {
         const W dropped = W::load(buffers_.factors + n);

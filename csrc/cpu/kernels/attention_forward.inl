@@ -232,10 +232,10 @@ class AttentionForward {
   // Weights of the scores of one row, as the products with the values take them.
   T add(Softmax<T>& softmax, T* row, Keys keys, T factor, int64_t g, int64_t query, int64_t first, E* to) {
     if (!dropout_.active())
-      return softmax.template add<kRun, kPairs<E>>(
-          row, keys, factor, [&](const auto& e, int64_t i) FASTLM_LAMBDA_INLINE { keep(e, to, i); });
+      return softmax.template add<kRun>(row, keys, factor,
+                                        [&](const auto& e, int64_t i) FASTLM_LAMBDA_INLINE { keep(e, to, i); });
     dropout_.factors(lse_place(query, g), first, run_down(keys.begin), run_up(keys.end), buffers_.factors);
-    return softmax.template add<kRun, kPairs<E>>(row, keys, factor, [&](const auto& e, int64_t i) FASTLM_LAMBDA_INLINE {
+    return softmax.template add<kRun>(row, keys, factor, [&](const auto& e, int64_t i) FASTLM_LAMBDA_INLINE {
       keep(e * std::decay_t<decltype(e)>::load(buffers_.factors + i), to, i);
     });
   }

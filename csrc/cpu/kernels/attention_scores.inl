@@ -211,15 +211,13 @@ T rounded_off(T top, T factor) {
   return std::fma(top, factor, -(top * factor));
 }
 
-// 2^(factor (s - top)) of V at s, where s <= top but for rounding; `rest` is what the exponents of all lack. kShort: to
-// be rounded to bfloat16.
-template <class V, bool kShort, class T>
+// 2^(factor (s - top)) of V at s, where s <= top but for rounding; `rest` is what the exponents of all lack.
+template <class V, class T>
 FASTLM_INLINE V exponential(const T* s, T factor, T top, bool small, T rest = 0) {
   if (small)
-    return exp2_nonpositive<kShort>(fma(V::load(s), V::broadcast(factor), V::broadcast(-(top * factor))) -
-                                    V::broadcast(rest));
+    return exp2_nonpositive(fma(V::load(s), V::broadcast(factor), V::broadcast(-(top * factor))) - V::broadcast(rest));
   const V exponent = (V::load(s) - V::broadcast(top)) * V::broadcast(factor) - V::broadcast(rest);
-  return exp2_nonpositive<kShort>(at_most(V::broadcast(0), exponent));
+  return exp2_nonpositive(at_most(V::broadcast(0), exponent));
 }
 // What such powers are to be multiplied with when `top` becomes `higher`.
 template <class T>
@@ -238,8 +236,7 @@ struct Softmax {
 
   // Takes in s[i] for i in `own`, which is not empty; write(e, i) gets the packs and the runs of kLeast vectors that
   // hold `own`, e = 2^(factor (s[i] - max)), 0 outside of it. Returns what the sums so far are to be multiplied with.
-  // kShort: write() rounds to bfloat16.
-  template <int kLeast = 1, bool kShort = false, class Write>
+  template <int kLeast = 1, class Write>
   T add(T* s, Keys own, T factor, const Write& write) {
     using V = Vec<T>;
     constexpr T kOut = -std::numeric_limits<T>::infinity();
@@ -253,7 +250,7 @@ struct Softmax {
     V sums[2] = {V::zero(), V::zero()};
     for_vectors<T, kLeast>(from, to, [&](auto kind, int64_t at) FASTLM_LAMBDA_INLINE {
       using W = decltype(kind);
-      const W e = exponential<W, kShort>(s + at, factor, highest, small);
+      const W e = exponential<W>(s + at, factor, highest, small);
       write(e, at);
       if constexpr (W::kParts > 1)
         unrolled<W::kParts>([&](int j) FASTLM_LAMBDA_INLINE { sums[j % 2] = sums[j % 2] + e.parts[j]; });

@@ -406,7 +406,7 @@ class CrossEntropy {
       const V shift = V::broadcast(bias(word));
       for (int64_t r = 0; r < rows_; r += V::kLanes) {
         const V logit = p_.bias ? V::load(logits + r) + shift : V::load(logits + r);
-        V grad = exp2_nonpositive<kPairs<E>>((logit - V::load(own_.greatest + r)) * log2e) * V::load(own_.factors + r);
+        V grad = exp2_nonpositive((logit - V::load(own_.greatest + r)) * log2e) * V::load(own_.factors + r);
         if (p_.smoothing != T(0)) grad = fnma(uniform, V::load(own_.weights + r), grad);
         grad.store(at + r);
       }

@@ -45,9 +45,6 @@ struct Exp2Constants<float> {
   static constexpr float kLow = -127.f;
   static constexpr float kPoly[] = {1.535336188319500e-4f, 1.339887440266574e-3f, 9.618437357674640e-3f,
                                     5.550332471162809e-2f, 2.402264791363012e-1f, 6.931472028550421e-1f};
-  // A term less, and off by 1.1e-7 of the result, as much as rounding takes.
-  static constexpr float kShort[] = {1.326472731307149e-3f, 9.671512991189957e-3f, 5.550733581185341e-2f,
-                                     2.4022242426872253e-1f, 6.931470036506653e-1f};
 };
 template <>
 struct Exp2Constants<double> {
@@ -102,60 +99,47 @@ FASTLM_INLINE V exp(const V& x) {
   return fma(p, parts.n - capped, p) * power_of_two(capped + V::broadcast(C::kRound));
 }
 
-// 1 + r P(r).
-template <class V, size_t N>
-FASTLM_INLINE V one_and_polynomial(const V& r, const typename V::Scalar (&terms)[N]) {
-  V p = V::broadcast(terms[0]);
-  for (size_t i = 1; i < N; ++i) p = fma(p, r, V::broadcast(terms[i]));
+// 2^r = 1 + r P(r) for |r| <= 1/2.
+template <class V>
+FASTLM_INLINE V exp2_fraction(const V& r) {
+  using C = Exp2Constants<typename V::Scalar>;
+  V p = V::broadcast(C::kPoly[0]);
+  for (size_t i = 1; i < sizeof(C::kPoly) / sizeof(C::kPoly[0]); ++i) p = fma(p, r, V::broadcast(C::kPoly[i]));
   return fma(p, r, V::broadcast(1));
 }
 
-// 2^r for |r| <= 1/2.
-template <bool kShort, class V>
-FASTLM_INLINE V exp2_fraction(const V& r) {
-  using C = Exp2Constants<typename V::Scalar>;
-  if constexpr (kShort)
-    return one_and_polynomial(r, C::kShort);
-  else
-    return one_and_polynomial(r, C::kPoly);
-}
-
-// 2^x for x <= 0, -inf and NaN: fewer steps than exp, at most 2 ULP; 0 below the normal range. x = n + r. kShort: of
-// floats that are to be rounded to bfloat16, where FlushSubnormals is in force.
-template <bool kShort = false, class V>
+// 2^x for x <= 0, -inf and NaN: fewer steps than exp, at most 2 ULP; 0 below the normal range. x = n + r.
+template <class V>
 FASTLM_INLINE V exp2_nonpositive(const V& x) {
   using T = typename V::Scalar;
   const V held = at_least(V::broadcast(Exp2Constants<T>::kLow), x);
   const V n_and_round = held + V::broadcast(ExpConstants<T>::kRound);
   const V r = held - (n_and_round - V::broadcast(ExpConstants<T>::kRound));
-  return exp2_fraction<kShort>(r) * power_of_two(n_and_round);
+  return exp2_fraction(r) * power_of_two(n_and_round);
 }
 #if FASTLM_FMA_BYTES == 64
 // With instructions for r and for times 2^n. Subnormal numbers would slow the products that follow.
 FASTLM_INLINE Vec<float> fraction(Vec<float> x) { return {_mm512_maskz_reduce_ps(0xffff, x.raw, 0)}; }
-template <bool kFlushed>
 FASTLM_INLINE Vec<float> scaled(Vec<float> p, Vec<float> n) {
-  __mmask16 normal = 0xffff;
-  if constexpr (!kFlushed) normal = _mm512_cmp_ps_mask(n.raw, _mm512_set1_ps(-126), _CMP_NLT_UQ);
+  const auto normal = _mm512_cmp_ps_mask(n.raw, _mm512_set1_ps(-126), _CMP_NLT_UQ);
   return {_mm512_maskz_scalef_ps(normal, p.raw, n.raw)};
 }
 template <int N>
 FASTLM_INLINE Pack<float, N> fraction(const Pack<float, N>& x) {
   return Pack<float, N>::each([&](int i) FASTLM_LAMBDA_INLINE { return fraction(x.parts[i]); });
 }
-template <bool kFlushed, int N>
+template <int N>
 FASTLM_INLINE Pack<float, N> scaled(const Pack<float, N>& p, const Pack<float, N>& n) {
-  return Pack<float, N>::each([&](int i) FASTLM_LAMBDA_INLINE { return scaled<kFlushed>(p.parts[i], n.parts[i]); });
+  return Pack<float, N>::each([&](int i) FASTLM_LAMBDA_INLINE { return scaled(p.parts[i], n.parts[i]); });
 }
-template <bool kShort = false>
 FASTLM_INLINE Vec<float> exp2_nonpositive(Vec<float> x) {
   const auto r = fraction(x);
-  return scaled<kShort>(exp2_fraction<kShort>(r), x - r);
+  return scaled(exp2_fraction(r), x - r);
 }
-template <bool kShort = false, int N>
+template <int N>
 FASTLM_INLINE Pack<float, N> exp2_nonpositive(const Pack<float, N>& x) {
   const auto r = fraction(x);
-  return scaled<kShort>(exp2_fraction<kShort>(r), x - r);
+  return scaled(exp2_fraction(r), x - r);
 }
 #endif
 
