@@ -122,9 +122,15 @@ def measure(
 
 
 def _git_version() -> str:
-    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty"]
+    """The commit, "-dirty" where more has changed since than results, which a run before this one may have added to."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", *arguments]
+        return subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        return git("describe", "--always") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
 
