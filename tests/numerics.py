@@ -4,7 +4,7 @@ Tests compare floating-point results by it, save where they ask for equality to 
 right one at all (a fixed bound, far above rounding).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
@@ -338,19 +338,48 @@ def check_case(
 
     A case has `tensors`, `map` and `to` as Recurrent has. split: it is large enough for float32 to be split.
     """
+    check_cases([case], ours, theirs, wanted=wanted, arriving=arriving, scale=scale, split=split)
 
-    def results(run: Runner, dtype: torch.dtype) -> Outputs:
-        return forward_backward(run, case.to(dtype), wanted=wanted, arriving=arriving)
 
-    dtype = next(iter(case.tensors().values())).dtype
-    truth = results(theirs, torch.float64)
+def check_recurrent_together(cases: Sequence[Recurrent]) -> None:
+    """`check_recurrent` of cases of one dtype as one sample: of a few numbers, torch's error is a matter of luck."""
+    check_cases(cases, run_fastlm, run_torch)
+
+
+def _in_a_row(found: Sequence[Outputs], truths: Sequence[Outputs]) -> Outputs:
+    if len(found) == 1:
+        return found[0]
+    for results, truth in zip(found, truths, strict=True):
+        shapes, expected = ({name: value.shape for name, value in each.items()} for each in (results, truth))
+        assert shapes == expected
+    return {name: torch.cat([results[name].flatten() for results in found]) for name in truths[0]}
+
+
+def check_cases(
+    cases: Sequence[Any],
+    ours: Runner,
+    theirs: Runner,
+    *,
+    wanted: Iterable[str] | None = None,
+    arriving: Iterable[str] | Callable[[Outputs], Outputs] = incoming,
+    scale: float = 0.0,
+    split: bool = False,
+) -> None:
+    """`check_case` of several, whose results are one sample."""
+
+    def results(run: Runner, dtype: torch.dtype) -> list[Outputs]:
+        return [forward_backward(run, case.to(dtype), wanted=wanted, arriving=arriving) for case in cases]
+
+    dtype = next(iter(cases[0].tensors().values())).dtype
+    truths = results(theirs, torch.float64)
     if dtype == torch.float64:
-        same = scaled_to_float64(results(theirs, torch.float32), truth)
+        same = list(map(scaled_to_float64, results(theirs, torch.float32), truths))
     else:
         same = results(theirs, dtype)
+    baseline, truth = _in_a_row(same, truths), _in_a_row(truths, truths)
     for isa in each_isa(dtype, split):
         try:
-            check_all(results(ours, dtype), same, truth, scale)
+            check_all(_in_a_row(results(ours, dtype), truths), baseline, truth, scale)
         except AssertionError as error:
             raise AssertionError(f"{isa}: {error}") from error
 

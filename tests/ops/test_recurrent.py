@@ -12,6 +12,7 @@ from tests.numerics import (
     check,
     check_all,
     check_recurrent,
+    check_recurrent_together,
     forward_backward,
     incoming,
     make_recurrent,
@@ -61,11 +62,11 @@ def test_results_written_past_the_caches(kind: str) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "fp64"))
 @pytest.mark.parametrize("hidden_size", SIZES)
-@pytest.mark.parametrize("batch", SIZES)
-def test_shapes_full(kind: str, batch: int, hidden_size: int) -> None:
-    for seq_len, input_size, dtype in product((1, 2, 9), (1, 8, 33), DTYPES):
-        check_recurrent(make_recurrent(kind, seq_len, batch, input_size, hidden_size, dtype=dtype))
+def test_shapes_full(kind: str, hidden_size: int, dtype: torch.dtype) -> None:
+    shapes = product((1, 2, 9), SIZES, (1, 8, 33))
+    check_recurrent_together([make_recurrent(kind, *shape, hidden_size, dtype=dtype) for shape in shapes])
 
 
 @pytest.mark.parametrize(
