@@ -35,7 +35,12 @@ def replace(model: _Model, linear: bool = False) -> _Model:
         model (Module): to be changed.
         linear (bool): torch.nn.Linear too, which pays in float32 on some CPUs; see `fastlm.nn.Linear`.
             Default: False.
+
+    Raises:
+        TypeError: model is no Module, or linear neither True nor False.
     """
+    if linear not in (True, False):
+        raise TypeError(f"linear: expected True or False, got {linear!r}")
     _change_classes("replace", model, _TWINS | {torch.nn.Linear: Linear} if linear else _TWINS)
     for module in model.modules():
         fast_path = _fast_path(module)

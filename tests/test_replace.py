@@ -147,6 +147,13 @@ def test_not_a_module(function) -> None:
         function({})
 
 
+def test_replace_refuses_what_is_no_answer() -> None:
+    layer = torch.nn.Linear(3, 3)
+    with pytest.raises(TypeError, match="linear: expected True or False, got 'yes'"):
+        fastlm.replace(layer, linear="yes")  # type: ignore[arg-type]
+    assert type(layer) is torch.nn.Linear
+
+
 def test_explain_a_model() -> None:
     model = Model()
     told = fastlm.explain(model)
