@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "core/gates.h"
@@ -442,20 +443,35 @@ void run_plain() {
           "gemm", [&, m = m, n = n, k = k](const Pool& pool) { return product<T>(m, n, k, i & 1, i & 2, pool); });
 }
 
+template <class T>
+void run_all(const std::set<std::string>& families) {
+  const auto wanted = [&](const char* family) { return families.empty() || families.count(family); };
+  if (wanted("attention")) run_attention<T>();
+  if (wanted("recurrent")) run_recurrent<T>();
+  if (wanted("models")) run_models<T>();
+  if constexpr (!std::is_same_v<T, BFloat16>)
+    if (wanted("models")) run_plain<T>();
+}
+
+bool ends_with(const std::string& text, const std::string& end) {
+  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+}
+
 }  // namespace
 
-// On every instruction set that this machine can run; with the argument "fastest", on that one. "attention",
-// "recurrent" or "models": only these kernels.
+// On every instruction set that this machine can run, but for what it has in common with another (floats beside pairs
+// of bfloat16, doubles beside tiles); with the argument "fastest", all of that one. "attention", "recurrent" or
+// "models": only these kernels.
 int main(int argc, char** argv) {
   std::set<std::string> families(argv + 1, argv + argc);
   const bool fastest = families.erase("fastest");
-  const auto wanted = [&](const char* family) { return families.empty() || families.count(family); };
   for (const auto& isa : fastest ? std::vector{cpu::isa()} : cpu::usable_isas()) {
     cpu::set_isa(isa);
-    if (wanted("attention")) run_attention<float>(), run_attention<double>(), run_attention<BFloat16>();
-    if (wanted("recurrent")) run_recurrent<float>(), run_recurrent<double>(), run_recurrent<BFloat16>();
-    if (wanted("models")) run_models<float>(), run_models<double>(), run_models<BFloat16>();
-    if (wanted("models")) run_plain<float>(), run_plain<double>();
+    const bool pairs = ends_with(isa, "_bf16"), tiles = ends_with(isa, "_amx");
+    if (fastest || !pairs) run_all<float>(families);
+    if (fastest || !(pairs || tiles)) run_all<double>(families);
+    run_all<BFloat16>(families);
     std::printf("%s: every kernel asked for ran\n", isa.c_str());
+    std::fflush(stdout);
   }
 }
