@@ -4,7 +4,7 @@ Tests compare floating-point results by it, save where they ask for equality to 
 right one at all (a fixed bound, far above rounding).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
@@ -315,7 +315,7 @@ def check_all(got: Outputs, same_dtype: Outputs, reference64: Outputs, scale: fl
 
 
 def check_recurrent(
-    case: Recurrent,
+    case: Recurrent | list[Recurrent],
     *,
     wanted: Iterable[str] | None = None,
     arriving: Iterable[str] | Callable[[Outputs], Outputs] = incoming,
@@ -336,36 +336,10 @@ def check_case(
 ) -> None:
     """Checks one runner on every ISA, forward and gradients, against another in the same dtype and in float64.
 
-    A case has `tensors`, `map` and `to` as Recurrent has. split: it is large enough for float32 to be split.
+    A case has `tensors`, `map` and `to` as Recurrent has; a list of cases of one dtype is one sample, since torch's
+    error on a few numbers is a matter of luck. split: it is large enough for float32 to be split.
     """
-    check_cases([case], ours, theirs, wanted=wanted, arriving=arriving, scale=scale, split=split)
-
-
-def check_recurrent_together(cases: Sequence[Recurrent]) -> None:
-    """`check_recurrent` of cases of one dtype as one sample: of a few numbers, torch's error is a matter of luck."""
-    check_cases(cases, run_fastlm, run_torch)
-
-
-def _in_a_row(found: Sequence[Outputs], truths: Sequence[Outputs]) -> Outputs:
-    if len(found) == 1:
-        return found[0]
-    for results, truth in zip(found, truths, strict=True):
-        shapes, expected = ({name: value.shape for name, value in each.items()} for each in (results, truth))
-        assert shapes == expected
-    return {name: torch.cat([results[name].flatten() for results in found]) for name in truths[0]}
-
-
-def check_cases(
-    cases: Sequence[Any],
-    ours: Runner,
-    theirs: Runner,
-    *,
-    wanted: Iterable[str] | None = None,
-    arriving: Iterable[str] | Callable[[Outputs], Outputs] = incoming,
-    scale: float = 0.0,
-    split: bool = False,
-) -> None:
-    """`check_case` of several, whose results are one sample."""
+    cases = case if isinstance(case, list) else [case]
 
     def results(run: Runner, dtype: torch.dtype) -> list[Outputs]:
         return [forward_backward(run, case.to(dtype), wanted=wanted, arriving=arriving) for case in cases]
@@ -382,6 +356,15 @@ def check_cases(
             check_all(_in_a_row(results(ours, dtype), truths), baseline, truth, scale)
         except AssertionError as error:
             raise AssertionError(f"{isa}: {error}") from error
+
+
+def _in_a_row(found: list[Outputs], truths: list[Outputs]) -> Outputs:
+    if len(found) == 1:
+        return found[0]
+    for results, truth in zip(found, truths, strict=True):
+        shapes, expected = ({name: value.shape for name, value in each.items()} for each in (results, truth))
+        assert shapes == expected
+    return {name: torch.cat([results[name].flatten() for results in found]) for name in truths[0]}
 
 
 def differs(isa: str, dtype: torch.dtype, split: bool = False) -> bool:
